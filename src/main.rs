@@ -1,0 +1,2 @@
+//! The `patrickstar` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Custom operations that consume weights, each with its backward.

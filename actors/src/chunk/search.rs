@@ -77,7 +77,8 @@ pub fn search_chunk_size(
     for pages in (first..=last).step_by(stride) {
         candidates.push(try_size(specs, precision, Bytes(pages * CHUNK_ALIGNMENT), limits.working_set)?);
     }
-    let best = choose(&candidates, limits.device_budget).ok_or(LayoutError::EmptyRange { min: limits.min, max: limits.max })?;
+    let best = choose(&candidates, limits.device_budget)
+        .ok_or(LayoutError::EmptyRange { min: limits.min, max: limits.max })?;
     Ok(SearchReport { best: best.chunk, utilisation: best.utilisation, candidates })
 }
 
@@ -142,8 +143,7 @@ mod tests {
     fn an_empty_range_is_refused_with_the_smallest_legal_size() {
         let error = search(8192, None).unwrap_err();
         assert_eq!(error, LayoutError::EmptyRange { min: Bytes(16_384), max: Bytes(8192) });
-        let limits =
-            SearchLimits { min: Bytes(0), max: Bytes(1 << 20), device_budget: None, working_set: &[vec![99]] };
+        let limits = SearchLimits { min: Bytes(0), max: Bytes(1 << 20), device_budget: None, working_set: &[vec![99]] };
         let error = search_chunk_size(&specs(), Precision::Fp32, limits).unwrap_err();
         assert_eq!(error, LayoutError::UnknownTensor { index: 99, count: 16 });
     }

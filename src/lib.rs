@@ -8,6 +8,7 @@
 //! - [`telemetry`]: TensorBoard events, traces, the report page, memory counters.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod model;

@@ -1,1 +1,42 @@
-//! To be written.
+//! One typed configuration, loaded from defaults, a file, the environment and flags, with the origin of every value.
+
+mod error;
+mod keys;
+mod load;
+mod origin;
+mod sections;
+mod validate;
+mod values;
+
+pub use error::ConfigError;
+pub use keys::KeyInfo;
+pub use load::{Loaded, Sources};
+pub use origin::{Origin, Origins};
+pub use sections::{
+    Actors, Checkpoint, Copy, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
+};
+pub use validate::SHAPES;
+pub use values::{OptimizerKind, Placement, Policy, Schedule, Size};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Everything a run depends on; a table of the file is a field.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The model that is trained.
+    pub model: Model,
+    /// What each tier may use.
+    pub memory: Memory,
+    /// The training loop.
+    pub train: Train,
+    /// Where the text comes from.
+    pub data: Data,
+    /// When states are saved.
+    pub checkpoint: Checkpoint,
+    /// What a run records about itself.
+    pub telemetry: Telemetry,
+    /// The independent parts of the runtime.
+    pub actors: Actors,
+}

@@ -7,10 +7,32 @@
 //! - [`memory`]: arenas and slots of each tier.
 //! - [`adam`]: the optimizer's arithmetic, with the same bits on every instruction set.
 //! - [`timeline`]: what happened when.
+//! - `table`, `shared`: where every chunk is, and who leases it.
+//! - `monitor`, `eviction`, `copy`, `reduction`, `optimizer`, `supervisor`: one actor a file; `shell` is the thin actix
+//!   part that they have in common, `system` starts them.
+//! - [`runtime`]: the handle that a model uses.
 
 pub mod adam;
 pub mod chunk;
+mod copy;
+pub mod error;
+mod eviction;
+pub mod health;
 pub mod memory;
+pub mod monitor;
+mod optimizer;
+mod reduction;
+pub mod runtime;
 pub mod schedule;
+mod shared;
+mod shell;
+pub mod stats;
+mod supervisor;
+mod system;
+mod table;
 pub mod timeline;
 pub mod types;
+
+pub use shared::{EvictionPolicy, Lease};
+pub use system::Retune;
+pub use table::Access;

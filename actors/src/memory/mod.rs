@@ -1,1 +1,22 @@
-//! To be written.
+//! Where chunks lie: the slots of each tier, and the backend that moves bytes between them.
+//!
+//! - [`SlotAllocator`]: which slots are taken. Pure.
+//! - [`Arena`]: slots in main memory, one mapping of the exact size.
+//! - [`DiskTier`]: slots in a file.
+//! - [`Backend`]: slabs, streams and events of a device; [`CpuBackend`] is the one without a device.
+//! - [`limits`]: how much memory this process may still take.
+//! - [`bandwidth`]: what the memory of this machine can do, and how near the optimizer comes.
+
+mod arena;
+mod backend;
+pub mod bandwidth;
+mod disk;
+mod error;
+pub mod limits;
+mod slots;
+
+pub use arena::Arena;
+pub use backend::{Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, Slab, Stream};
+pub use disk::DiskTier;
+pub use error::MemoryError;
+pub use slots::{SlotAllocator, SlotIndex};

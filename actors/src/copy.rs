@@ -1,0 +1,104 @@
+//! A copy stream: claims moves, copies without the lock, completes them.
+
+use std::sync::Arc;
+
+use crate::error::RuntimeError;
+use crate::health::ActorName;
+use crate::memory::SlotIndex;
+use crate::shared::Shared;
+use crate::stats::Reason;
+use crate::table::{Move, MoveId, MoveStatus};
+use crate::timeline::Track;
+use crate::types::Tier;
+
+/// One direction of copying.
+pub(crate) struct CopyStream {
+    shared: Arc<Shared>,
+    name: ActorName,
+    /// The move in hand: a successor repeats it, which is harmless because the source stays valid until the end.
+    claimed: Option<MoveId>,
+}
+
+impl CopyStream {
+    pub fn new(shared: Arc<Shared>, name: ActorName) -> Self {
+        CopyStream { shared, name, claimed: None }
+    }
+
+    /// Executes one move; moves that another incarnation finished are passed over.
+    pub fn run(&mut self, id: MoveId) -> Result<(), RuntimeError> {
+        let Some(claimed) = self.claim(id) else { return Ok(()) };
+        let start = self.shared.timeline.now();
+        self.copy(&claimed)?;
+        self.shared.health.fault_point(self.name);
+        let kind = self.shared.layout.chunk(claimed.chunk).kind;
+        self.shared.timeline.span(self.track(), start, Some((claimed.chunk, kind)), self.shared.chunk_bytes(), || {
+            format!("{} {kind}", verb(claimed.reason))
+        });
+        self.shared.lock().complete_move(id)?;
+        self.claimed = None;
+        self.shared.changed.notify_all();
+        self.shared.ring();
+        Ok(())
+    }
+
+    fn claim(&mut self, id: MoveId) -> Option<Move> {
+        let mut table = self.shared.lock();
+        let entry = table.moves.get_mut(&id)?;
+        // Claimed by this very stream: its last incarnation died over it. No other stream serves this direction.
+        if entry.status == MoveStatus::Claimed && self.claimed != Some(id) {
+            tracing::debug!(move_id = id.0, "repeating a copy after a restart");
+        }
+        entry.status = MoveStatus::Claimed;
+        self.claimed = Some(id);
+        Some(*entry)
+    }
+
+    fn copy(&self, claimed: &Move) -> Result<(), RuntimeError> {
+        let bytes = self.shared.chunk_bytes().0 as usize;
+        let (to, slot) = claimed.to;
+        match claimed.from {
+            // SAFETY: the destination slot is marked `Filling` for this move, so nobody else reads or writes it.
+            None => unsafe { self.shared.address(to, slot).write_bytes(0, bytes) },
+            Some((Tier::Disk, source)) => self.disk_read(source, slot, bytes)?,
+            Some((_, source)) if to == Tier::Disk => self.disk_write(source, slot, bytes)?,
+            Some((from, source)) => {
+                let (source, target) = (self.shared.address(from, source), self.shared.address(to, slot));
+                // SAFETY: two slots of two arenas never overlap; a moving chunk cannot be leased, so the source is not
+                // written, and the destination is marked `Filling` for this move.
+                unsafe { std::ptr::copy_nonoverlapping(source, target, bytes) }
+            }
+        }
+        Ok(())
+    }
+
+    fn disk_read(&self, source: SlotIndex, slot: SlotIndex, bytes: usize) -> Result<(), RuntimeError> {
+        let disk = self.shared.disk.as_ref().ok_or_else(|| RuntimeError::Stopped("there is no disk tier".into()))?;
+        // SAFETY: the host slot is marked `Filling` for this move.
+        let target = unsafe { std::slice::from_raw_parts_mut(self.shared.address(Tier::Host, slot), bytes) };
+        Ok(disk.read(source, target)?)
+    }
+
+    fn disk_write(&self, source: SlotIndex, slot: SlotIndex, bytes: usize) -> Result<(), RuntimeError> {
+        let disk = self.shared.disk.as_ref().ok_or_else(|| RuntimeError::Stopped("there is no disk tier".into()))?;
+        // SAFETY: a moving chunk cannot be leased, so nobody writes the source.
+        let source = unsafe { std::slice::from_raw_parts(self.shared.address(Tier::Host, source), bytes) };
+        Ok(disk.write(slot, source)?)
+    }
+
+    fn track(&self) -> Track {
+        match self.name {
+            ActorName::HostToDevice => Track::HostToDevice,
+            ActorName::DeviceToHost => Track::DeviceToHost,
+            _ => Track::Disk,
+        }
+    }
+}
+
+fn verb(reason: Reason) -> &'static str {
+    match reason {
+        Reason::Demand => "fetch",
+        Reason::Prefetch => "prefetch",
+        Reason::Evict => "evict",
+        Reason::Offload => "offload",
+    }
+}

@@ -1,0 +1,140 @@
+//! What an observer sees of the actors: messages handled, restarts, the last fault. Also where tests plant faults.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use serde::Serialize;
+
+/// The actors of the runtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActorName {
+    /// Samples memory, publishes budgets.
+    Monitor,
+    /// Owns placement.
+    Eviction,
+    /// Copies from host to device.
+    HostToDevice,
+    /// Copies from device to host.
+    DeviceToHost,
+    /// Reads and writes the disk tier.
+    Disk,
+    /// Norms and checks of gradients.
+    Reduction,
+    /// Adam.
+    Optimizer,
+}
+
+impl ActorName {
+    /// All actors that are supervised.
+    pub const ALL: [ActorName; 7] = [
+        ActorName::Monitor,
+        ActorName::Eviction,
+        ActorName::HostToDevice,
+        ActorName::DeviceToHost,
+        ActorName::Disk,
+        ActorName::Reduction,
+        ActorName::Optimizer,
+    ];
+
+    /// Name in reports, metrics and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            ActorName::Monitor => "monitor",
+            ActorName::Eviction => "eviction",
+            ActorName::HostToDevice => "host_to_device",
+            ActorName::DeviceToHost => "device_to_host",
+            ActorName::Disk => "disk",
+            ActorName::Reduction => "reduction",
+            ActorName::Optimizer => "optimizer",
+        }
+    }
+}
+
+/// Observable state of one actor.
+#[derive(Clone, Debug, Serialize)]
+pub struct ActorStatus {
+    /// Which.
+    pub actor: &'static str,
+    /// Messages handled.
+    pub handled: u64,
+    /// Times it was restored after a panic.
+    pub restarts: u64,
+    /// Message of its last panic.
+    pub last_fault: Option<String>,
+}
+
+#[derive(Default)]
+struct Vital {
+    handled: AtomicU64,
+    restarts: AtomicU64,
+    /// Handled messages at the last restart: restarts without progress in between count as failing in a row.
+    handled_at_restart: AtomicU64,
+    failures_in_a_row: AtomicU64,
+    panic_next: AtomicBool,
+    last_fault: Mutex<Option<String>>,
+}
+
+/// Vital signs of all actors.
+#[derive(Default)]
+pub struct Health {
+    vitals: [Vital; 7],
+}
+
+impl Health {
+    fn vital(&self, actor: ActorName) -> &Vital {
+        &self.vitals[actor as usize]
+    }
+
+    pub(crate) fn handled(&self, actor: ActorName) {
+        self.vital(actor).handled.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes a restart and returns how often the actor has failed without handling anything in between.
+    pub(crate) fn restarted(&self, actor: ActorName, fault: &str) -> u64 {
+        let vital = self.vital(actor);
+        vital.restarts.fetch_add(1, Ordering::Relaxed);
+        *vital.last_fault.lock().unwrap_or_else(PoisonError::into_inner) = Some(fault.to_owned());
+        let handled = vital.handled.load(Ordering::Relaxed);
+        if vital.handled_at_restart.swap(handled, Ordering::Relaxed) == handled {
+            vital.failures_in_a_row.fetch_add(1, Ordering::Relaxed) + 1
+        } else {
+            vital.failures_in_a_row.store(1, Ordering::Relaxed);
+            1
+        }
+    }
+
+    /// Makes the actor panic in the middle of its next piece of work: for tests of restoration.
+    pub fn plant_panic(&self, actor: ActorName) {
+        self.vital(actor).panic_next.store(true, Ordering::SeqCst);
+    }
+
+    /// Panics if somebody planted a panic for this actor. Called in the middle of work, where it hurts most.
+    pub(crate) fn fault_point(&self, actor: ActorName) {
+        if self.vital(actor).panic_next.swap(false, Ordering::SeqCst) {
+            std::panic::panic_any(format!("planted panic in actor {}", actor.name()));
+        }
+    }
+
+    /// Restarts of one actor.
+    pub fn restarts(&self, actor: ActorName) -> u64 {
+        self.vital(actor).restarts.load(Ordering::Relaxed)
+    }
+
+    /// State of all actors.
+    pub fn status(&self) -> Vec<ActorStatus> {
+        ActorName::ALL
+            .into_iter()
+            .map(|actor| {
+                let vital = self.vital(actor);
+                ActorStatus {
+                    actor: actor.name(),
+                    handled: vital.handled.load(Ordering::Relaxed),
+                    restarts: vital.restarts.load(Ordering::Relaxed),
+                    last_fault: vital.last_fault.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+                }
+            })
+            .collect()
+    }
+}

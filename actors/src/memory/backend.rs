@@ -1,0 +1,169 @@
+//! What moves bytes between tiers: slabs, streams and events of a device.
+
+use std::ptr::NonNull;
+
+use super::{Arena, MemoryError, SlotIndex};
+use crate::types::{Bytes, Tier};
+
+/// A point in a stream; complete once everything queued before it is done.
+pub trait DeviceEvent: Clone + Send + Sync + 'static {
+    /// Whether the stream has passed it. Never blocks.
+    fn is_complete(&self) -> Result<bool, MemoryError>;
+    /// Blocks the calling thread until the stream has passed it.
+    fn synchronize(&self) -> Result<(), MemoryError>;
+}
+
+/// Work that runs in order, beside the work of other streams.
+pub trait Stream: Send {
+    /// The events of this stream's backend.
+    type Event: DeviceEvent;
+
+    /// Queues a copy; the direction follows from the addresses.
+    ///
+    /// # Safety
+    /// Both ranges must be valid and disjoint, and stay untouched by others, until an event recorded later completes.
+    unsafe fn copy(&mut self, src: *const u8, dst: *mut u8, bytes: usize) -> Result<(), MemoryError>;
+    /// Queues zeroes.
+    ///
+    /// # Safety
+    /// As for [`Stream::copy`].
+    unsafe fn zero(&mut self, dst: *mut u8, bytes: usize) -> Result<(), MemoryError>;
+    /// Whatever is queued from now on starts after `event`. Does not block the calling thread.
+    fn wait(&mut self, event: &Self::Event) -> Result<(), MemoryError>;
+    /// Marks the end of what is queued so far.
+    fn record(&mut self) -> Result<Self::Event, MemoryError>;
+    /// Runs `callback` after what is queued so far, possibly on a thread of the driver: it must be brief and must not
+    /// call the backend.
+    fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError>;
+}
+
+/// Slots at fixed addresses, in whichever memory.
+pub trait Slab: Send + Sync {
+    /// Address of a slot; on a device it means something to that device only.
+    fn slot(&self, slot: SlotIndex) -> NonNull<u8>;
+    /// How many slots there are.
+    fn slots(&self) -> u32;
+    /// Size of a slot.
+    fn slot_bytes(&self) -> Bytes;
+}
+
+/// A device: its memory and its streams.
+pub trait Backend: Send + Sync + 'static {
+    /// The events of its streams.
+    type Event: DeviceEvent;
+
+    /// A new stream; `name` is for profiles and logs.
+    fn new_stream(&self, name: &str) -> Result<Box<dyn Stream<Event = Self::Event>>, MemoryError>;
+    /// Allocates the device tier.
+    fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
+    /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
+    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError>;
+}
+
+impl Slab for Arena {
+    fn slot(&self, slot: SlotIndex) -> NonNull<u8> {
+        Arena::slot(self, slot)
+    }
+
+    fn slots(&self) -> u32 {
+        Arena::slots(self)
+    }
+
+    fn slot_bytes(&self) -> Bytes {
+        Arena::slot_bytes(self)
+    }
+}
+
+/// The backend without a device: the device tier lies in main memory, and a stream works on the calling thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuBackend;
+
+/// A stream whose work is done when the call returns.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuStream;
+
+/// An event that was complete when it was recorded.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuEvent;
+
+impl DeviceEvent for CpuEvent {
+    fn is_complete(&self) -> Result<bool, MemoryError> {
+        Ok(true)
+    }
+
+    fn synchronize(&self) -> Result<(), MemoryError> {
+        Ok(())
+    }
+}
+
+impl Stream for CpuStream {
+    type Event = CpuEvent;
+
+    unsafe fn copy(&mut self, src: *const u8, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
+        // SAFETY: the caller vouches for both ranges.
+        unsafe { std::ptr::copy_nonoverlapping(src, dst, bytes) };
+        Ok(())
+    }
+
+    unsafe fn zero(&mut self, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
+        // SAFETY: the caller vouches for the range.
+        unsafe { std::ptr::write_bytes(dst, 0, bytes) };
+        Ok(())
+    }
+
+    fn wait(&mut self, _event: &CpuEvent) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn record(&mut self) -> Result<CpuEvent, MemoryError> {
+        Ok(CpuEvent)
+    }
+
+    fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError> {
+        callback();
+        Ok(())
+    }
+}
+
+impl Backend for CpuBackend {
+    type Event = CpuEvent;
+
+    fn new_stream(&self, _name: &str) -> Result<Box<dyn Stream<Event = CpuEvent>>, MemoryError> {
+        Ok(Box::new(CpuStream))
+    }
+
+    fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError> {
+        Ok(Box::new(Arena::new(Tier::Device, slots, slot_bytes)?))
+    }
+
+    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
+        Ok(Box::new(arena))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_copies_zeroes_and_calls_back() {
+        let slab = CpuBackend.device_slab(2, Bytes(4096)).unwrap();
+        let mut stream = CpuBackend.new_stream("test").unwrap();
+        let (sender, receiver) = flume::bounded(1);
+        let (first, second) = (slab.slot(SlotIndex(0)).as_ptr(), slab.slot(SlotIndex(1)).as_ptr());
+        let pattern = [7u8; 4096];
+        // SAFETY: two slots of a slab that nobody else has.
+        let seen = unsafe {
+            stream.copy(pattern.as_ptr(), first, 4096).unwrap();
+            stream.copy(first, second, 4096).unwrap();
+            stream.zero(first, 4096).unwrap();
+            (first.add(4095).read(), second.add(4095).read())
+        };
+        let event = stream.record().unwrap();
+        stream.wait(&event).unwrap();
+        stream.on_complete(Box::new(move || sender.send(()).unwrap())).unwrap();
+        event.synchronize().unwrap();
+        assert!(event.is_complete().unwrap() && receiver.try_recv().is_ok());
+        assert_eq!(seen, (0, 7));
+    }
+}

@@ -1,0 +1,103 @@
+//! The memory monitor: measures what is not chunks, and publishes what chunks may use.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::error::RuntimeError;
+use crate::health::ActorName;
+use crate::shared::Shared;
+use crate::types::{Bytes, Moment, Tier};
+
+/// Measures non-model memory of the device: activations, workspaces, allocator slack.
+pub trait MemoryProbe: Send + Sync {
+    /// In use now.
+    fn live(&self) -> Bytes;
+    /// Highest use since the last call, which it resets.
+    fn take_peak(&self) -> Bytes;
+}
+
+/// A probe for models whose temporaries do not count.
+pub struct NoProbe;
+
+impl MemoryProbe for NoProbe {
+    fn live(&self) -> Bytes {
+        Bytes(0)
+    }
+
+    fn take_peak(&self) -> Bytes {
+        Bytes(0)
+    }
+}
+
+/// Non-model memory per moment, highest over all steps seen.
+#[derive(Default)]
+pub(crate) struct NonModel {
+    peaks: Mutex<Vec<u64>>,
+}
+
+impl NonModel {
+    /// Notes a peak that belongs to the accesses before `moment`'s end.
+    pub fn note(&self, moment: Moment, peak: Bytes) {
+        let mut peaks = self.peaks.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = moment.0 as usize;
+        if peaks.len() <= index {
+            peaks.resize(index + 1, 0);
+        }
+        peaks[index] = peaks[index].max(peak.0);
+    }
+
+    pub fn snapshot(&self) -> Vec<u64> {
+        self.peaks.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn peak(&self) -> Bytes {
+        Bytes(self.snapshot().into_iter().max().unwrap_or(0))
+    }
+}
+
+/// Turns measurements into budgets.
+pub(crate) struct Monitor {
+    shared: Arc<Shared>,
+    non_model: Arc<NonModel>,
+    device: Bytes,
+    /// Fraction of the measured non-model memory kept free on top of it.
+    headroom: f64,
+}
+
+impl Monitor {
+    pub fn new(shared: Arc<Shared>, non_model: Arc<NonModel>, device: Bytes, headroom: f64) -> Self {
+        Monitor { shared, non_model, device, headroom }
+    }
+
+    /// Publishes the slots that chunks may use at each moment of the recorded step.
+    pub fn publish(&mut self) -> Result<(), RuntimeError> {
+        self.shared.health.fault_point(ActorName::Monitor);
+        let Some(plan) = self.shared.plan() else { return Ok(()) };
+        let peaks = self.non_model.snapshot();
+        let capacity = self.shared.lock().slots[Tier::Device.index()].capacity();
+        let slot = self.shared.chunk_bytes().0;
+        let budgets: Vec<u32> = (0..plan.trace.moments())
+            .map(|moment| {
+                let non_model = peaks.get(moment).copied().unwrap_or(0) as f64 * (1.0 + self.headroom);
+                let left = self.device.0.saturating_sub(non_model.ceil() as u64);
+                capacity.min((left / slot).min(u64::from(u32::MAX)) as u32)
+            })
+            .collect();
+        *self.shared.moment_budgets.write().unwrap_or_else(PoisonError::into_inner) = Some(budgets);
+        self.shared.ring();
+        Ok(())
+    }
+
+    /// The device's memory changed hands: a neighbour took some, or gave it back.
+    pub fn set_device(&mut self, device: Bytes) -> Result<(), RuntimeError> {
+        self.device = device;
+        let slots = (device.0 / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
+        {
+            let mut table = self.shared.lock();
+            let capacity = table.slots[Tier::Device.index()].capacity();
+            table.budget[Tier::Device.index()] = slots.min(capacity);
+        }
+        self.publish()?;
+        self.shared.ring();
+        Ok(())
+    }
+}

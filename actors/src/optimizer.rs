@@ -1,0 +1,184 @@
+//! The optimizer: steps groups with Adam on the side where they live.
+//!
+//! An update in place cannot simply be repeated, so every piece that is done is noted in the step's ledger: a successor
+//! after a panic goes on with the pieces that are left.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+
+use crate::adam::{PIECE, StepScalars, step_bf16, step_fp32};
+use crate::chunk::{Pass, Tile};
+use crate::error::RuntimeError;
+use crate::health::ActorName;
+use crate::reduction::StepGroup;
+use crate::shared::{Lease, Shared};
+use crate::table::{Access, Requester};
+use crate::timeline::Track;
+use crate::types::{Bytes, ChunkId, GroupId, Kind, Precision, Tier};
+
+/// Steps groups; see the module's page.
+pub(crate) struct Optimizer {
+    shared: Arc<Shared>,
+    pool: Arc<rayon::ThreadPool>,
+}
+
+/// Elements `[start, start + len)` of a group that belong to one tensor and one 4-byte chunk.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    start: usize,
+    len: usize,
+    decay: bool,
+}
+
+impl Optimizer {
+    pub fn new(shared: Arc<Shared>, pool: Arc<rayon::ThreadPool>) -> Self {
+        Optimizer { shared, pool }
+    }
+
+    pub fn run(&mut self, message: StepGroup) -> Result<(), RuntimeError> {
+        if self.shared.lock().group(message.group).pending_update != Some(message.step) {
+            return Ok(()); // handed over twice by a reduction that was restored
+        }
+        let tier = self.shared.side(message.group);
+        let states = GroupStates::lease(&self.shared, message.group, tier)?;
+        let start = self.shared.timeline.now();
+        let pieces = pieces_of(&self.shared, message.group);
+        self.step(&states, &pieces, message)?;
+        self.shared.timeline.span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
+        let parameters: u64 = pieces.iter().map(|piece| piece.len as u64).sum();
+        states.lease.release(Pass::Other)?;
+        self.finish(message.group, tier, parameters)
+    }
+
+    fn step(&self, states: &GroupStates, pieces: &[Piece], message: StepGroup) -> Result<(), RuntimeError> {
+        let index = message.group.0 as usize;
+        let (step, mut done) = std::mem::take(&mut self.shared.stepped()[index]);
+        if step != message.step {
+            done.clear();
+        }
+        done.resize(pieces.len(), false);
+        let flags: Vec<AtomicBool> = done.into_iter().map(AtomicBool::new).collect();
+        let (first, rest) = pieces.split_at(pieces.len() / 2);
+        let run = |offset: usize, pieces: &[Piece]| {
+            pieces.par_iter().enumerate().for_each(|(i, &piece)| {
+                let flag = &flags[offset + i];
+                if !flag.load(Ordering::Acquire) {
+                    states.update(piece, &message.scalars);
+                    flag.store(true, Ordering::Release);
+                }
+            });
+        };
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            self.pool.install(|| run(0, first));
+            self.shared.health.fault_point(ActorName::Optimizer);
+            self.pool.install(|| run(first.len(), rest));
+        }));
+        self.shared.stepped()[index] = (message.step, flags.into_iter().map(AtomicBool::into_inner).collect());
+        match outcome {
+            Ok(()) => Ok(()),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    }
+
+    fn finish(&self, group: GroupId, tier: Tier, parameters: u64) -> Result<(), RuntimeError> {
+        let mut table = self.shared.lock();
+        for &chunk in self.shared.layout.group_chunks(group, Kind::Gradient) {
+            table.drop_payload(chunk)?;
+        }
+        table.group_mut(group).pending_update = None;
+        match tier {
+            Tier::Device => table.stats.stepped_on_device += parameters,
+            Tier::Host | Tier::Disk => table.stats.stepped_on_host += parameters,
+        }
+        drop(table);
+        self.shared.changed.notify_all();
+        self.shared.ring();
+        Ok(())
+    }
+}
+
+/// Pieces in a fixed order: tensors in order, cut at chunk halves and at `PIECE`.
+fn pieces_of(shared: &Shared, group: GroupId) -> Vec<Piece> {
+    let layout = &shared.layout;
+    let part = layout.part_elements();
+    let mut pieces = Vec::new();
+    for tile in layout.group_tiles(group) {
+        let Tile { tensor, rows, offset, .. } = *tile;
+        let spec = &layout.tensors()[tensor.0 as usize];
+        let (mut start, end) = (offset, offset + rows * spec.columns);
+        while start < end {
+            let part_end = (start / part + 1) * part;
+            let len = PIECE.min(end - start).min(part_end - start);
+            pieces.push(Piece { start, len, decay: spec.decay });
+            start += len;
+        }
+    }
+    pieces
+}
+
+/// All chunks of a group, leased together.
+struct GroupStates {
+    lease: Lease,
+    precision: Precision,
+    part_elements: usize,
+    weight: *mut u8,
+    low: *mut u8,
+    gradient: *mut u8,
+    momentum: Vec<*mut u8>,
+    variance: Vec<*mut u8>,
+}
+
+// SAFETY: the addresses stay valid and exclusive while `lease` lives; pieces of one step never overlap.
+unsafe impl Sync for GroupStates {}
+
+impl GroupStates {
+    fn lease(shared: &Arc<Shared>, group: GroupId, tier: Tier) -> Result<Self, RuntimeError> {
+        let layout = &shared.layout;
+        let mut chunks: Vec<(ChunkId, Access)> = Vec::new();
+        for &kind in layout.precision().persistent_kinds() {
+            chunks.extend(layout.group_chunks(group, kind).iter().map(|&chunk| (chunk, Access::Write)));
+        }
+        chunks.extend(layout.group_chunks(group, Kind::Gradient).iter().map(|&chunk| (chunk, Access::Read)));
+        let lease = shared.lease(Requester::Optimizer, tier, chunks)?;
+        let addresses = |kind: Kind| -> Vec<*mut u8> {
+            layout.group_chunks(group, kind).iter().filter_map(|&chunk| lease.address_of(chunk)).collect()
+        };
+        let first = |kind: Kind| addresses(kind).first().copied().unwrap_or(std::ptr::null_mut());
+        Ok(GroupStates {
+            precision: layout.precision(),
+            part_elements: layout.part_elements(),
+            weight: first(Kind::Weight),
+            low: first(Kind::Low),
+            gradient: first(Kind::Gradient),
+            momentum: addresses(Kind::Momentum),
+            variance: addresses(Kind::Variance),
+            lease,
+        })
+    }
+
+    fn update(&self, piece: Piece, scalars: &StepScalars) {
+        let Piece { start, len, decay } = piece;
+        // Under bf16 the fp32 states of a group take two chunks each; pieces never cross the boundary.
+        let (part, inner) = (start / self.part_elements, start % self.part_elements);
+        // SAFETY: the piece lies inside the leased chunks by construction, and no other piece overlaps it.
+        unsafe {
+            let momentum = std::slice::from_raw_parts_mut(self.momentum[part].cast::<f32>().add(inner), len);
+            let variance = std::slice::from_raw_parts_mut(self.variance[part].cast::<f32>().add(inner), len);
+            match self.precision {
+                Precision::Fp32 => {
+                    let weight = std::slice::from_raw_parts_mut(self.weight.cast::<f32>().add(start), len);
+                    let gradient = std::slice::from_raw_parts(self.gradient.cast::<f32>().add(start), len);
+                    step_fp32(scalars, decay, weight, momentum, variance, gradient);
+                }
+                Precision::Bf16 => {
+                    let weight = std::slice::from_raw_parts_mut(self.weight.cast::<u16>().add(start), len);
+                    let low = std::slice::from_raw_parts_mut(self.low.cast::<u16>().add(start), len);
+                    let gradient = std::slice::from_raw_parts(self.gradient.cast::<u16>().add(start), len);
+                    step_bf16(scalars, decay, weight, low, momentum, variance, gradient);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Gradient reduction: takes each gradient as it is finished, checks and measures it, and hands its group to the optimizer.
+//!
+//! The global norm must not depend on chunk size or on the order of arrival. So squares are summed row by row (a row is
+//! never split between chunks) in a fixed order inside a row, and rows are summed in definition order at the end.
+
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::adam::{StepScalars, sum_of_squares, sum_of_squares_bf16};
+use crate::chunk::{Pass, Tile};
+use crate::error::RuntimeError;
+use crate::health::ActorName;
+use crate::shared::{Lease, Shared};
+use crate::table::{Access, Requester};
+use crate::timeline::Track;
+use crate::types::{Bytes, GroupId, Kind, Precision, Step, Tier};
+
+/// A gradient is complete: all uses of the group have been accumulated.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GradientReady {
+    pub step: Step,
+    pub lr: f64,
+    pub group: GroupId,
+}
+
+/// Update this group now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StepGroup {
+    pub step: Step,
+    pub group: GroupId,
+    pub scalars: StepScalars,
+}
+
+/// Reduces gradients; see the module's page.
+pub(crate) struct Reduction {
+    shared: Arc<Shared>,
+    optimizer: flume::Sender<StepGroup>,
+}
+
+/// PyTorch's `clip_grad_norm_` adds this to the norm before dividing.
+const CLIP_EPSILON: f64 = 1e-6;
+
+impl Reduction {
+    pub fn new(shared: Arc<Shared>, optimizer: flume::Sender<StepGroup>) -> Self {
+        Reduction { shared, optimizer }
+    }
+
+    pub fn run(&mut self, message: GradientReady) -> Result<(), RuntimeError> {
+        let index = message.group.0 as usize;
+        if self.shared.ledger().partials[index].is_none() {
+            let partials = self.measure(message.group)?;
+            self.shared.health.fault_point(ActorName::Reduction);
+            if partials.iter().flatten().any(|sum| !sum.is_finite()) {
+                return Err(RuntimeError::NonFinite { group: message.group, step: message.step });
+            }
+            self.shared.ledger().partials[index] = Some(partials);
+        }
+        let complete = self.shared.ledger().partials.iter().all(Option::is_some);
+        if complete {
+            self.finish_norm();
+        }
+        if self.shared.clip_norm == 0.0 {
+            self.hand_over(message, message.group, 1.0)?;
+        } else if complete {
+            let norm = self.shared.ledger().norm.unwrap_or(0.0);
+            let scale = (self.shared.clip_norm / (norm + CLIP_EPSILON)).min(1.0);
+            // In forward order: the next forward waits for the first groups first.
+            for group in 0..self.shared.layout.group_count() as u32 {
+                self.hand_over(message, GroupId(group), scale as f32)?;
+            }
+        }
+        if complete {
+            self.shared.ledger().finished = true;
+            self.shared.changed.notify_all();
+        }
+        Ok(())
+    }
+
+    fn measure(&self, group: GroupId) -> Result<Vec<Vec<f64>>, RuntimeError> {
+        let lease = self.lease_where_it_is(group)?;
+        let start = self.shared.timeline.now();
+        let sums = self
+            .shared
+            .layout
+            .group_tiles(group)
+            .iter()
+            .map(|tile| self.row_sums(&lease, tile))
+            .collect();
+        self.shared.timeline.span(Track::Reduction, start, None, Bytes(0), || format!("reduce {group}"));
+        lease.release(Pass::Backward)?;
+        Ok(sums)
+    }
+
+    fn row_sums(&self, lease: &Lease, tile: &Tile) -> Vec<f64> {
+        let columns = self.shared.layout.tensors()[tile.tensor.0 as usize].columns;
+        let elements = tile.rows * columns;
+        let base = lease.address(0);
+        match self.shared.layout.precision() {
+            Precision::Fp32 => {
+                // SAFETY: the layout puts the tile inside the leased gradient chunk.
+                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<f32>().add(tile.offset), elements) };
+                gradient.par_chunks(columns).map(sum_of_squares).collect()
+            }
+            Precision::Bf16 => {
+                // SAFETY: as above.
+                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
+                gradient.par_chunks(columns).map(sum_of_squares_bf16).collect()
+            }
+        }
+    }
+
+    /// A gradient is measured in the tier where it lies, so that reducing never moves a chunk.
+    fn lease_where_it_is(&self, group: GroupId) -> Result<Lease, RuntimeError> {
+        let chunks: Vec<_> =
+            self.shared.layout.group_chunks(group, Kind::Gradient).iter().map(|&chunk| (chunk, Access::Read)).collect();
+        let tier = {
+            let table = self.shared.lock();
+            let chunk = chunks.first().map(|&(chunk, _)| chunk);
+            let moving_to = chunk
+                .and_then(|chunk| table.entry(chunk).moving)
+                .and_then(|id| table.moves.get(&id))
+                .map(|moving| moving.to.0);
+            let valid = chunk.and_then(|chunk| table.nearest_valid(chunk)).map(|(tier, _)| tier);
+            match moving_to.or(valid) {
+                Some(Tier::Device) => Tier::Device,
+                _ => Tier::Host,
+            }
+        };
+        self.shared.lease(Requester::Reduction, tier, chunks)
+    }
+
+    fn finish_norm(&self) {
+        let mut ledger = self.shared.ledger();
+        // Tensors in definition order, their rows in order: tiles lie in this order within and across groups.
+        let sum: f64 = ledger.partials.iter().flatten().flatten().flatten().fold(0.0, |sum, &row| sum + row);
+        ledger.norm = Some(sum.sqrt());
+    }
+
+    fn hand_over(&self, message: GradientReady, group: GroupId, scale: f32) -> Result<(), RuntimeError> {
+        let scalars = StepScalars::new(&self.shared.adam, message.lr, message.step, scale);
+        self.optimizer
+            .send(StepGroup { step: message.step, group, scalars })
+            .map_err(|_| RuntimeError::Stopped("the optimizer is gone".into()))
+    }
+}

@@ -1,0 +1,508 @@
+//! The handle that a model uses: begin a step, access chunks, release them, end the step.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::adam::AdamConfig;
+use crate::chunk::{Layout, Pass};
+use crate::error::RuntimeError;
+use crate::health::{ActorName, ActorStatus, Health};
+use crate::memory::{Arena, DiskTier, SlotAllocator};
+use crate::monitor::{MemoryProbe, NonModel};
+use crate::reduction::GradientReady;
+use crate::schedule::{StaticSet, Trace, TraceRecorder};
+use crate::shared::{EvictionPolicy, Lease, Plan, Shared, StepLedger};
+use crate::stats::{StallCause, Stats, TierUse};
+use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
+use crate::table::{Access, Requester, Table};
+use crate::timeline::{ResidencySnapshot, Timeline, Track};
+use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
+
+/// Where groups are stepped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub enum Placement {
+    /// All in device memory; states that do not fit travel.
+    Device,
+    /// All in host memory.
+    Host,
+    /// As many as stay on the device beside what the model needs; the rest in host memory.
+    Hybrid,
+}
+
+/// Everything a runtime needs to know.
+#[derive(Clone, Debug)]
+pub struct RuntimeConfig {
+    /// Device memory, for chunks and for what is not chunks.
+    pub device: Bytes,
+    /// Device memory assumed to be needed beside chunks until it has been measured.
+    pub non_model: Bytes,
+    /// Slots in host memory.
+    pub host_slots: u32,
+    /// Slots on disk; 0 for no disk tier.
+    pub disk_slots: u32,
+    /// File of the disk tier.
+    pub disk_path: PathBuf,
+    /// Policies that may change later.
+    pub eviction: EvictionPolicy,
+    /// Where groups are stepped.
+    pub placement: Placement,
+    /// The largest number of chunks that one access leases, for the split between sides.
+    pub working_set: u32,
+    /// Adam's constants.
+    pub adam: AdamConfig,
+    /// Global-norm clipping; 0 for none.
+    pub clip_norm: f64,
+    /// Messages an inbox holds before its senders wait.
+    pub mailbox: usize,
+    /// Threads of the optimizer; 0 for all cores.
+    pub optimizer_threads: usize,
+    /// Fraction of the measured non-model memory kept free on top of it.
+    pub headroom: f64,
+}
+
+/// The chunk runtime. One thread, the compute thread, drives it.
+pub struct Runtime {
+    system: ActorSystem,
+    shared: Arc<Shared>,
+    probe: Arc<dyn MemoryProbe>,
+    non_model: Arc<NonModel>,
+    /// Backward uses of each group in a step.
+    gradient_uses: Vec<u32>,
+    step: StepState,
+    recorder: Option<TraceRecorder>,
+    device: Bytes,
+    device_peak: Bytes,
+}
+
+struct StepState {
+    step: Step,
+    lr: f64,
+    moment: u32,
+    began: Instant,
+    before: Stats,
+}
+
+/// What a step cost.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepStats {
+    /// Which step.
+    pub step: Step,
+    /// Wall time from begin to end.
+    pub elapsed: Duration,
+    /// Global norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Counters of this step.
+    pub stats: Stats,
+    /// Device memory: chunks and budget.
+    pub device: TierUse,
+    /// Host memory.
+    pub host: TierUse,
+    /// Highest non-model memory seen so far.
+    pub non_model_peak: Bytes,
+}
+
+impl Runtime {
+    /// Sets up the tiers and starts the actors. `gradient_uses[g]` says how many blocks accumulate into group `g`.
+    pub fn start(
+        layout: Layout,
+        config: RuntimeConfig,
+        gradient_uses: Vec<u32>,
+        probe: Arc<dyn MemoryProbe>,
+        timeline: Arc<Timeline>,
+    ) -> Result<Self, RuntimeError> {
+        let chunk = layout.chunk_bytes();
+        let all = layout.chunk_count() as u32;
+        // No more slots than there are chunks: a device larger than the model leaves the rest to others.
+        let device_slots = ((config.device.0 / chunk.0).min(u64::from(u32::MAX)) as u32).min(all);
+        let slots = [
+            SlotAllocator::new(Tier::Device, device_slots),
+            SlotAllocator::new(Tier::Host, config.host_slots),
+            SlotAllocator::new(Tier::Disk, config.disk_slots),
+        ];
+        let mut table = Table::new(&layout, slots);
+        let left = config.device.0.saturating_sub(config.non_model.0) / chunk.0;
+        table.budget[Tier::Device.index()] = device_slots.min(left.min(u64::from(u32::MAX)) as u32);
+        place_groups(&mut table, &layout, &config);
+        let disk = (config.disk_slots > 0)
+            .then(|| DiskTier::create(&config.disk_path, config.disk_slots, chunk))
+            .transpose()?;
+        let (bell, bell_rx) = flume::bounded(1);
+        let groups = layout.group_count();
+        let shared = Arc::new(Shared {
+            device: Arena::new(Tier::Device, device_slots, chunk)?,
+            host: Arena::new(Tier::Host, config.host_slots, chunk)?,
+            disk,
+            table: Mutex::new(table),
+            changed: Condvar::new(),
+            policies: RwLock::new(config.eviction),
+            plan: RwLock::new(None),
+            moment_budgets: RwLock::new(None),
+            ledger: Mutex::new(StepLedger::default()),
+            stepped: Mutex::new(vec![(Step(0), Vec::new()); groups]),
+            adam: config.adam,
+            clip_norm: config.clip_norm,
+            timeline,
+            health: Health::default(),
+            bell,
+            layout,
+        });
+        let pool = rayon::ThreadPoolBuilder::new()
+            .num_threads(config.optimizer_threads)
+            .thread_name(|index| format!("ps-adam-{index}"))
+            .build()
+            .map_err(|error| RuntimeError::Stopped(format!("no threads for the optimizer: {error}")))?;
+        let non_model = Arc::new(NonModel::default());
+        let system = ActorSystem::start(Parts {
+            shared: Arc::clone(&shared),
+            bell: bell_rx,
+            mailbox: config.mailbox.max(1),
+            pool: Arc::new(pool),
+            non_model: Arc::clone(&non_model),
+            device: config.device,
+            headroom: config.headroom,
+        })?;
+        if gradient_uses.len() != groups {
+            return Err(RuntimeError::Misuse(format!(
+                "gradient uses are given for {} groups, the layout has {groups}",
+                gradient_uses.len()
+            )));
+        }
+        let step = StepState { step: Step(0), lr: 0.0, moment: 0, began: Instant::now(), before: Stats::default() };
+        let device = config.device;
+        Ok(Runtime { system, shared, probe, non_model, gradient_uses, step, recorder: None, device, device_peak: Bytes(0) })
+    }
+
+    /// Where tensors lie.
+    pub fn layout(&self) -> &Layout {
+        &self.shared.layout
+    }
+
+    /// Fills a chunk before training: `fill` gets its bytes, zeroed.
+    pub fn initialise(&self, chunk: ChunkId, fill: impl FnOnce(&mut [u8])) -> Result<(), RuntimeError> {
+        let lease = self.shared.lease(Requester::Optimizer, Tier::Host, vec![(chunk, Access::Fresh)])?;
+        let bytes = self.shared.chunk_bytes().0 as usize;
+        // SAFETY: the lease gives this thread the whole slot alone.
+        let payload = unsafe { std::slice::from_raw_parts_mut(lease.address(0), bytes) };
+        fill(payload);
+        lease.release(Pass::Other)
+    }
+
+    /// Reads chunks of one group, wherever they are, in host memory; waits for pending updates.
+    pub fn read(&self, chunks: &[ChunkId], read: impl FnOnce(&[&[u8]])) -> Result<(), RuntimeError> {
+        self.reader().read(chunks, read)
+    }
+
+    /// A handle that reads chunks from another thread, for checkpoints written while training goes on.
+    pub fn reader(&self) -> ChunkReader {
+        ChunkReader { shared: Arc::clone(&self.shared) }
+    }
+
+    /// Begins a step: the first one records the trace.
+    pub fn begin_step(&mut self, step: Step, lr: f64) -> Result<(), RuntimeError> {
+        self.drain_reduction()?;
+        self.shared.check()?;
+        if self.shared.plan().is_none() {
+            self.recorder = Some(TraceRecorder::new());
+        }
+        {
+            let mut table = self.shared.lock();
+            for (group, &uses) in table.groups.iter_mut().zip(&self.gradient_uses) {
+                group.gradient_uses_left = uses;
+            }
+            table.now = Moment(0);
+        }
+        let before = self.shared.lock().stats.clone();
+        self.step = StepState { step, lr, moment: 0, began: Instant::now(), before };
+        self.open_ledger();
+        Ok(())
+    }
+
+    /// Leases `chunks` on the device for the compute thread: the next moment of the step.
+    pub fn access(&mut self, label: impl Fn() -> String, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
+        self.enter_moment(&label, &chunks);
+        self.shared.lease(Requester::Compute, Tier::Device, chunks)
+    }
+
+    /// Leases outside of a step: evaluation and generation.
+    pub fn access_untraced(&self, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
+        self.shared.lease(Requester::Compute, Tier::Device, chunks)
+    }
+
+    fn enter_moment(&mut self, label: &impl Fn() -> String, chunks: &[(ChunkId, Access)]) {
+        let moment = Moment(self.step.moment);
+        self.close_moment();
+        if let Some(recorder) = &mut self.recorder {
+            let ids: Vec<ChunkId> = chunks.iter().map(|&(chunk, _)| chunk).collect();
+            recorder.access(&ids);
+        }
+        self.shared.lock().now = moment;
+        if self.shared.timeline.is_enabled() {
+            self.snapshot(moment, label());
+        }
+        self.step.moment += 1;
+        self.shared.ring();
+    }
+
+    /// Books what the moment that ends now needed on the device.
+    fn close_moment(&mut self) {
+        let non_model = self.probe.take_peak();
+        let chunks = u64::from(self.shared.lock().take_moment_peak()) * self.shared.chunk_bytes().0;
+        if let Some(moment) = self.step.moment.checked_sub(1) {
+            self.non_model.note(Moment(moment), non_model);
+            self.device_peak = self.device_peak.max(Bytes(chunks + non_model.0));
+        }
+    }
+
+    /// Highest use of the device in any moment so far: chunks and non-model memory together.
+    pub fn device_peak(&self) -> Bytes {
+        self.device_peak
+    }
+
+    fn snapshot(&self, moment: Moment, label: String) {
+        let table = self.shared.lock();
+        let tiers = (0..table.entries.len())
+            .map(|index| table.nearest_valid(ChunkId(index as u32)).map(|(tier, _)| tier))
+            .collect();
+        let used = std::array::from_fn(|tier| Bytes(u64::from(table.slots[tier].used()) * self.shared.chunk_bytes().0));
+        drop(table);
+        let non_model = self.probe.live();
+        self.shared.timeline.snapshot(ResidencySnapshot { moment, label, tiers, used, non_model });
+    }
+
+    /// Gives a forward lease back.
+    pub fn release_forward(&self, lease: Lease) -> Result<(), RuntimeError> {
+        lease.release(Pass::Forward)
+    }
+
+    /// Gives a backward lease back; groups whose last use this was go to reduction.
+    pub fn release_backward(&mut self, lease: Lease) -> Result<(), RuntimeError> {
+        let gradients: Vec<GroupId> = lease
+            .chunks()
+            .iter()
+            .map(|&(chunk, _)| self.shared.layout.chunk(chunk))
+            .filter(|info| info.kind == Kind::Gradient)
+            .map(|info| info.group)
+            .collect();
+        let mut ready = Vec::new();
+        {
+            let mut table = self.shared.lock();
+            for group in gradients {
+                let state = table.group_mut(group);
+                state.gradient_uses_left = state.gradient_uses_left.saturating_sub(1);
+                if state.gradient_uses_left == 0 {
+                    state.pending_update = Some(self.step.step);
+                    ready.push(group);
+                }
+            }
+        }
+        lease.release(Pass::Backward)?;
+        for group in ready {
+            let message = GradientReady { step: self.step.step, lr: self.step.lr, group };
+            self.system
+                .inboxes
+                .reduction
+                .send(message)
+                .map_err(|_| RuntimeError::Stopped("the reduction actor is gone".into()))?;
+        }
+        Ok(())
+    }
+
+    /// Ends the step: waits for the gradient norm, not for the optimizer, which goes on under the next forward.
+    pub fn end_step(&mut self) -> Result<StepStats, RuntimeError> {
+        self.close_moment();
+        self.drain_reduction()?;
+        if let Some(recorder) = self.recorder.take() {
+            self.adopt_trace(recorder.finish())?;
+        }
+        let gradient_norm = self.shared.ledger().norm.unwrap_or(0.0);
+        let stats = self.stats().since(&self.step.before);
+        Ok(StepStats {
+            step: self.step.step,
+            elapsed: self.step.began.elapsed(),
+            gradient_norm,
+            stats,
+            device: self.tier_use(Tier::Device),
+            host: self.tier_use(Tier::Host),
+            non_model_peak: self.non_model.peak(),
+        })
+    }
+
+    fn adopt_trace(&self, trace: Trace) -> Result<(), RuntimeError> {
+        let budget = self.shared.lock().budget[Tier::Device.index()];
+        let static_set = StaticSet::new(&trace, budget as usize);
+        *self.shared.plan.write().unwrap_or_else(PoisonError::into_inner) =
+            Some(Plan { trace: Arc::new(trace), static_set: Arc::new(static_set) });
+        self.system.tell_monitor(MonitorMessage::Publish)
+    }
+
+    fn open_ledger(&self) {
+        let groups = self.shared.layout.group_count();
+        *self.shared.ledger() = StepLedger {
+            partials: vec![None; groups],
+            norm: None,
+            finished: false,
+        };
+    }
+
+    /// Waits until every gradient of the step has been measured and every group handed to the optimizer.
+    fn drain_reduction(&self) -> Result<(), RuntimeError> {
+        if self.step.step == Step(0) {
+            return Ok(());
+        }
+        self.wait(StallCause::Reduction, |shared, _| shared.ledger().finished)
+    }
+
+    /// Waits until all updates are applied.
+    pub fn drain(&self) -> Result<(), RuntimeError> {
+        self.drain_reduction()?;
+        self.wait(StallCause::Optimizer, |_, table| table.groups.iter().all(|group| group.pending_update.is_none()))
+    }
+
+    fn wait(&self, cause: StallCause, done: impl Fn(&Shared, &Table) -> bool) -> Result<(), RuntimeError> {
+        let start = self.shared.timeline.now();
+        let mut table = self.shared.lock();
+        while !done(&self.shared, &table) {
+            if let Some(error) = &table.failed {
+                return Err(error.clone());
+            }
+            let (guard, _) = self
+                .shared
+                .changed
+                .wait_timeout(table, Duration::from_millis(20))
+                .unwrap_or_else(PoisonError::into_inner);
+            table = guard;
+        }
+        let waited = self.shared.timeline.now() - start;
+        table.stats.stalls[cause as usize] += waited;
+        drop(table);
+        self.shared.timeline.span(Track::Stall, start, None, Bytes(0), || cause.name().to_owned());
+        Ok(())
+    }
+
+    /// Counters since the start.
+    pub fn stats(&self) -> Stats {
+        self.shared.lock().stats.clone()
+    }
+
+    /// Use of a tier.
+    pub fn tier_use(&self, tier: Tier) -> TierUse {
+        let table = self.shared.lock();
+        let bytes = |slots: u32| Bytes(u64::from(slots) * self.shared.chunk_bytes().0);
+        TierUse {
+            used: bytes(table.used(tier)),
+            peak: bytes(table.peak[tier.index()]),
+            budget: bytes(table.budget[tier.index()]),
+            capacity: bytes(table.slots[tier.index()].capacity()),
+        }
+    }
+
+    /// Chunk bytes per tier and kind.
+    pub fn use_by_kind(&self) -> [[u64; 6]; 3] {
+        self.shared.lock().use_by_kind(&self.shared.layout)
+    }
+
+    /// Non-model memory per moment, measured so far.
+    pub fn non_model_by_moment(&self) -> Vec<u64> {
+        self.non_model.snapshot()
+    }
+
+    /// The recorded step, once there is one.
+    pub fn trace(&self) -> Option<Arc<Trace>> {
+        self.shared.plan().map(|plan| plan.trace)
+    }
+
+    /// Device memory that was asked for.
+    pub fn device(&self) -> Bytes {
+        self.device
+    }
+
+    /// New policies while training runs.
+    pub fn retune(&self, retune: Retune) -> Result<(), RuntimeError> {
+        self.system.retune(&self.shared, retune)
+    }
+
+    /// State of the actors.
+    pub fn actors(&self) -> Vec<ActorStatus> {
+        self.shared.health.status()
+    }
+
+    /// Makes an actor panic in the middle of its next piece of work, to test that it is restored.
+    pub fn plant_panic(&self, actor: ActorName) {
+        self.shared.health.plant_panic(actor);
+    }
+
+    /// Marks all groups to be read by a checkpoint before their next update.
+    pub fn begin_save(&self) -> Result<(), RuntimeError> {
+        self.shared.check()?;
+        for group in &mut self.shared.lock().groups {
+            group.save_wanted = true;
+        }
+        Ok(())
+    }
+
+    /// The shared timeline.
+    pub fn timeline(&self) -> &Arc<Timeline> {
+        &self.shared.timeline
+    }
+}
+
+/// Chooses the side on which each group is stepped, and pins the states of groups that stay on the device.
+fn place_groups(table: &mut Table, layout: &Layout, config: &RuntimeConfig) {
+    let groups = layout.group_count() as u32;
+    let persistent: u32 = layout.precision().persistent_kinds().iter().map(|&kind| layout.parts(kind)).sum();
+    let on_device = match config.placement {
+        Placement::Device => groups,
+        Placement::Host => 0,
+        Placement::Hybrid => {
+            // Room for one access and the one prefetched beside it stays free.
+            let reserve = 2 * config.working_set;
+            (table.budget[Tier::Device.index()].saturating_sub(reserve) / persistent.max(1)).min(groups)
+        }
+    };
+    for index in 0..on_device {
+        let group = GroupId(index);
+        table.group_mut(group).on_device = true;
+        if config.placement == Placement::Hybrid {
+            for &kind in layout.precision().persistent_kinds() {
+                for &chunk in layout.group_chunks(group, kind) {
+                    table.entry_mut(chunk).pinned = true;
+                }
+            }
+        }
+    }
+}
+
+/// Reads chunks from any thread.
+#[derive(Clone)]
+pub struct ChunkReader {
+    shared: Arc<Shared>,
+}
+
+impl ChunkReader {
+    /// Leases `chunks` in host memory for reading, waiting for pending updates, and passes their bytes.
+    pub fn read(&self, chunks: &[ChunkId], read: impl FnOnce(&[&[u8]])) -> Result<(), RuntimeError> {
+        let request = chunks.iter().map(|&chunk| (chunk, Access::Read)).collect();
+        let lease = self.shared.lease(Requester::Checkpoint, Tier::Host, request)?;
+        let bytes = self.shared.chunk_bytes().0 as usize;
+        // SAFETY: the lease keeps the chunks in place and unwritten.
+        let slices: Vec<&[u8]> =
+            (0..chunks.len()).map(|index| unsafe { std::slice::from_raw_parts(lease.address(index), bytes) }).collect();
+        read(&slices);
+        lease.release(Pass::Other)
+    }
+
+    /// The group has been saved: its next update may be applied.
+    pub fn saved(&self, group: GroupId) {
+        self.shared.lock().group_mut(group).save_wanted = false;
+        self.shared.changed.notify_all();
+        self.shared.ring();
+    }
+
+    /// Where tensors lie.
+    pub fn layout(&self) -> &Layout {
+        &self.shared.layout
+    }
+}

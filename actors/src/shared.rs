@@ -1,0 +1,262 @@
+//! What all actors and the compute thread share: the table behind its lock, the memory of the tiers, the policies.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
+
+use crate::adam::AdamConfig;
+use crate::chunk::{Layout, Pass};
+use crate::error::RuntimeError;
+use crate::health::Health;
+use crate::memory::{Arena, DiskTier, SlotIndex};
+use crate::schedule::{Policy, StaticSet, Trace};
+use crate::stats::StallCause;
+use crate::system::Ring;
+use crate::table::{Access, Request, RequestId, Requester, Table};
+use crate::timeline::{Timeline, Track};
+use crate::types::{Bytes, ChunkId, GroupId, Step, Tier};
+
+/// Policies that may change while training runs; they never change the bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EvictionPolicy {
+    /// How victims are chosen.
+    pub policy: Policy,
+    /// Moments ahead that are fetched; 0 turns prefetching off.
+    pub prefetch: u32,
+}
+
+/// The recorded step and what is derived from it.
+#[derive(Clone)]
+pub(crate) struct Plan {
+    pub trace: Arc<Trace>,
+    pub static_set: Arc<StaticSet>,
+}
+
+/// Progress of reducing one step: survives a panic of the actor that fills it.
+#[derive(Default)]
+pub(crate) struct StepLedger {
+    /// Sum of squares per row of each tile, by group; `None` until reduced.
+    pub partials: Vec<Option<Vec<Vec<f64>>>>,
+    pub norm: Option<f64>,
+    /// Every group has been handed to the optimizer.
+    pub finished: bool,
+}
+
+/// For each group the step last worked on and its pieces that are done: stepping is not idempotent, so a successor must
+/// not repeat them.
+pub(crate) type SteppedPieces = Vec<(Step, Vec<bool>)>;
+
+pub(crate) struct Shared {
+    pub layout: Layout,
+    pub table: Mutex<Table>,
+    pub changed: Condvar,
+    pub device: Arena,
+    pub host: Arena,
+    pub disk: Option<DiskTier>,
+    pub policies: RwLock<EvictionPolicy>,
+    pub plan: RwLock<Option<Plan>>,
+    /// Device slots the budget allows per moment, once non-model memory is known.
+    pub moment_budgets: RwLock<Option<Vec<u32>>>,
+    pub ledger: Mutex<StepLedger>,
+    pub stepped: Mutex<SteppedPieces>,
+    pub adam: AdamConfig,
+    pub clip_norm: f64,
+    pub timeline: Arc<Timeline>,
+    pub health: Health,
+    /// Rings the eviction actor. Capacity 1: a second ring before the first is heard adds nothing.
+    pub bell: flume::Sender<Ring>,
+}
+
+impl Shared {
+    pub fn lock(&self) -> MutexGuard<'_, Table> {
+        // A panicking actor holds the lock only between whole transitions; see the page of `table`.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn ledger(&self) -> MutexGuard<'_, StepLedger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn stepped(&self) -> MutexGuard<'_, SteppedPieces> {
+        self.stepped.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn policies(&self) -> EvictionPolicy {
+        *self.policies.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn plan(&self) -> Option<Plan> {
+        self.plan.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn chunk_bytes(&self) -> Bytes {
+        self.layout.chunk_bytes()
+    }
+
+    /// Wakes the eviction actor.
+    pub fn ring(&self) {
+        // Full means a ring is waiting to be heard; closed means the runtime is going down.
+        let _ = self.bell.try_send(Ring);
+    }
+
+    /// Ends the training with `error`: everybody who waits gets it. The first error wins.
+    pub fn fail(&self, error: RuntimeError) {
+        tracing::error!(%error, "runtime failed");
+        self.lock().failed.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    pub fn check(&self) -> Result<(), RuntimeError> {
+        self.lock().failed.clone().map_or(Ok(()), Err)
+    }
+
+    /// Address of a slot in a tier that is memory.
+    pub fn address(&self, tier: Tier, slot: SlotIndex) -> *mut u8 {
+        match tier {
+            Tier::Device => self.device.slot(slot).as_ptr(),
+            Tier::Host | Tier::Disk => self.host.slot(slot).as_ptr(),
+        }
+    }
+
+    /// Waits until all `chunks` can be leased in `tier` together. Whoever calls this holds no other lease, which is what
+    /// makes waiting free of deadlock: whatever it waits for is held by someone who does not wait.
+    pub fn lease(
+        self: &Arc<Self>,
+        requester: Requester,
+        tier: Tier,
+        chunks: Vec<(ChunkId, Access)>,
+    ) -> Result<Lease, RuntimeError> {
+        let is_compute = requester == Requester::Compute;
+        let mut table = self.lock();
+        let request = Request { id: RequestId(table.next_id()), tier, chunks, requester };
+        let mut queued = false;
+        let mut waited_since = self.timeline.now();
+        let mut last_cause = None;
+        let slots = loop {
+            if let Some(error) = &table.failed {
+                let error = error.clone();
+                table.requests.retain(|other| other.id != request.id);
+                return Err(error);
+            }
+            let obstacle = table.obstacle(&request, &self.layout);
+            if let Some(cause) = last_cause.take().filter(|_| is_compute) {
+                let now = self.timeline.now();
+                table.stats.stalls[cause as usize] += now - waited_since;
+                self.timeline.span(Track::Stall, waited_since, None, Bytes(0), || cause_name(cause));
+                waited_since = now;
+            }
+            let Some(cause) = obstacle else { break table.grant(&request) };
+            if !queued {
+                if is_compute {
+                    count_late(&mut table, &request);
+                }
+                table.requests.push_back(request.clone());
+                queued = true;
+                self.ring();
+            }
+            last_cause = Some(cause);
+            let (guard, _) = self
+                .changed
+                .wait_timeout(table, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner);
+            table = guard;
+        };
+        drop(table);
+        let slots = match slots {
+            Ok(slots) => slots,
+            Err(error) => {
+                self.fail(error.clone());
+                return Err(error);
+            }
+        };
+        if queued || is_compute {
+            self.ring();
+        }
+        Ok(Lease {
+            addresses: slots.iter().map(|&slot| self.address(tier, slot)).collect(),
+            shared: Arc::clone(self),
+            tier,
+            chunks: request.chunks,
+            pass: Pass::Forward,
+            released: false,
+        })
+    }
+
+    /// Where a group's update is computed.
+    pub fn side(&self, group: GroupId) -> Tier {
+        if self.lock().group(group).on_device { Tier::Device } else { Tier::Host }
+    }
+}
+
+fn cause_name(cause: StallCause) -> String {
+    cause.name().to_owned()
+}
+
+fn count_late(table: &mut Table, request: &Request) {
+    for &(chunk, _) in &request.chunks {
+        let entry = table.entry_mut(chunk);
+        if entry.prefetched && entry.moving.is_some() {
+            entry.prefetched = false;
+            table.stats.prefetch_late += 1;
+        }
+    }
+}
+
+/// The right to use resident chunks. While it lives they cannot move; dropping it gives them back.
+pub struct Lease {
+    shared: Arc<Shared>,
+    tier: Tier,
+    chunks: Vec<(ChunkId, Access)>,
+    addresses: Vec<*mut u8>,
+    pass: Pass,
+    released: bool,
+}
+
+// SAFETY: the addresses point into arenas that `shared` keeps alive, and the table gives each chunk either to one writer
+// or to readers.
+unsafe impl Send for Lease {}
+
+impl Lease {
+    /// Address of the `index`-th chunk of the request.
+    pub fn address(&self, index: usize) -> *mut u8 {
+        self.addresses[index]
+    }
+
+    /// The chunks, in the order of the request.
+    pub fn chunks(&self) -> &[(ChunkId, Access)] {
+        &self.chunks
+    }
+
+    /// Address of `chunk`.
+    pub fn address_of(&self, chunk: ChunkId) -> Option<*mut u8> {
+        self.chunks.iter().position(|&(leased, _)| leased == chunk).map(|index| self.addresses[index])
+    }
+
+    /// The tier in which the chunks lie.
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// Gives the chunks back, noting which pass used them.
+    pub fn release(mut self, pass: Pass) -> Result<(), RuntimeError> {
+        self.pass = pass;
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> Result<(), RuntimeError> {
+        if std::mem::replace(&mut self.released, true) {
+            return Ok(());
+        }
+        let result = self.shared.lock().release(self.tier, &self.chunks, self.pass);
+        self.shared.changed.notify_all();
+        self.shared.ring();
+        result
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Err(error) = self.give_back() {
+            self.shared.fail(error);
+        }
+    }
+}

@@ -1,0 +1,153 @@
+//! Counters of the runtime: what moved, why, and what the compute thread waited for.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+use crate::types::Bytes;
+
+/// Direction of a move.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Direction {
+    /// Host to device.
+    HostToDevice,
+    /// Device to host.
+    DeviceToHost,
+    /// Disk to host.
+    DiskToHost,
+    /// Host to disk.
+    HostToDisk,
+    /// A fresh chunk filled with zeros: no bytes cross a link.
+    Zero,
+}
+
+impl Direction {
+    /// All directions.
+    pub const ALL: [Direction; 5] = [
+        Direction::HostToDevice,
+        Direction::DeviceToHost,
+        Direction::DiskToHost,
+        Direction::HostToDisk,
+        Direction::Zero,
+    ];
+}
+
+/// Why a chunk was moved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Somebody waits for it.
+    Demand,
+    /// It will be needed soon.
+    Prefetch,
+    /// Its slot is needed.
+    Evict,
+    /// Its next user is on the other side (a gradient whose group is stepped on the host).
+    Offload,
+}
+
+/// What the compute thread waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StallCause {
+    /// The group is still to be reduced or stepped.
+    Optimizer,
+    /// A copy is under way.
+    Copy,
+    /// No slot is free yet.
+    Slot,
+    /// The tier is above its budget.
+    Budget,
+    /// The gradient norm of the step.
+    Reduction,
+}
+
+impl StallCause {
+    /// All causes.
+    pub const ALL: [StallCause; 5] =
+        [StallCause::Optimizer, StallCause::Copy, StallCause::Slot, StallCause::Budget, StallCause::Reduction];
+
+    /// Name in reports and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            StallCause::Optimizer => "optimizer",
+            StallCause::Copy => "copy",
+            StallCause::Slot => "slot",
+            StallCause::Budget => "budget",
+            StallCause::Reduction => "reduction",
+        }
+    }
+}
+
+/// Totals since the runtime started; subtract two of them for an interval.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Stats {
+    /// Moves by `Direction`.
+    pub moves: [u64; 5],
+    /// Bytes by `Direction`.
+    pub bytes: [u64; 5],
+    /// Moves by `Reason`.
+    pub reasons: [u64; 4],
+    /// Clean copies whose slot was taken without a copy.
+    pub dropped: u64,
+    /// Prefetched chunks that were used.
+    pub prefetch_useful: u64,
+    /// Prefetched chunks for which the compute thread still had to wait.
+    pub prefetch_late: u64,
+    /// Prefetched chunks evicted before use.
+    pub prefetch_wasted: u64,
+    /// Waiting time of the compute thread by `StallCause`.
+    pub stalls: [Duration; 5],
+    /// Parameters stepped on the device side.
+    pub stepped_on_device: u64,
+    /// Parameters stepped on the host side.
+    pub stepped_on_host: u64,
+    /// Actor restarts.
+    pub restarts: u64,
+}
+
+impl Stats {
+    /// Chunks copied between tiers (zero fills are not copies).
+    pub fn chunk_moves(&self) -> u64 {
+        self.moves[..4].iter().sum()
+    }
+
+    /// Time the compute thread waited.
+    pub fn stall(&self) -> Duration {
+        self.stalls.iter().sum()
+    }
+
+    /// What was counted since `earlier`.
+    pub fn since(&self, earlier: &Stats) -> Stats {
+        fn sub<const N: usize>(a: &[u64; N], b: &[u64; N]) -> [u64; N] {
+            std::array::from_fn(|i| a[i] - b[i])
+        }
+        Stats {
+            moves: sub(&self.moves, &earlier.moves),
+            bytes: sub(&self.bytes, &earlier.bytes),
+            reasons: sub(&self.reasons, &earlier.reasons),
+            dropped: self.dropped - earlier.dropped,
+            prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,
+            prefetch_late: self.prefetch_late - earlier.prefetch_late,
+            prefetch_wasted: self.prefetch_wasted - earlier.prefetch_wasted,
+            stalls: std::array::from_fn(|i| self.stalls[i] - earlier.stalls[i]),
+            stepped_on_device: self.stepped_on_device - earlier.stepped_on_device,
+            stepped_on_host: self.stepped_on_host - earlier.stepped_on_host,
+            restarts: self.restarts - earlier.restarts,
+        }
+    }
+}
+
+/// Use of one tier now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct TierUse {
+    /// Bytes of chunk slots in use.
+    pub used: Bytes,
+    /// Highest `used` so far.
+    pub peak: Bytes,
+    /// What may be used now.
+    pub budget: Bytes,
+    /// What exists.
+    pub capacity: Bytes,
+}

@@ -1,0 +1,249 @@
+//! Starts the actors on their own threads and stops them.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use actix::prelude::*;
+
+use crate::copy::CopyStream;
+use crate::error::RuntimeError;
+use crate::eviction::{Eviction, Streams};
+use crate::health::ActorName;
+use crate::monitor::{Monitor, NonModel};
+use crate::optimizer::Optimizer;
+use crate::reduction::{GradientReady, Reduction, StepGroup};
+use crate::schedule::Policy;
+use crate::shared::{EvictionPolicy, Shared};
+use crate::shell::{Post, Shell, Worker};
+use crate::supervisor::{Adopt, Supervisor};
+use crate::table::MoveId;
+use crate::types::Bytes;
+
+/// What the eviction actor hears.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ring;
+
+/// What the monitor is asked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum MonitorMessage {
+    /// Measurements changed: publish budgets.
+    Publish,
+    /// The device's memory changed.
+    SetDevice(Bytes),
+}
+
+/// New policies for a running training. `None` leaves a value.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Retune {
+    /// How victims are chosen.
+    pub policy: Option<Policy>,
+    /// Moments ahead that are fetched.
+    pub prefetch: Option<u32>,
+    /// Memory of the device.
+    pub device: Option<Bytes>,
+}
+
+impl Worker for Eviction {
+    type Message = Ring;
+    fn handle(&mut self, _: Ring) -> Result<(), RuntimeError> {
+        self.run()
+    }
+}
+
+impl Worker for CopyStream {
+    type Message = MoveId;
+    fn handle(&mut self, id: MoveId) -> Result<(), RuntimeError> {
+        self.run(id)
+    }
+}
+
+impl Worker for Reduction {
+    type Message = GradientReady;
+    fn handle(&mut self, message: GradientReady) -> Result<(), RuntimeError> {
+        self.run(message)
+    }
+}
+
+impl Worker for Optimizer {
+    type Message = StepGroup;
+    fn handle(&mut self, message: StepGroup) -> Result<(), RuntimeError> {
+        self.run(message)
+    }
+}
+
+impl Worker for Monitor {
+    type Message = MonitorMessage;
+    fn handle(&mut self, message: MonitorMessage) -> Result<(), RuntimeError> {
+        match message {
+            MonitorMessage::Publish => self.publish(),
+            MonitorMessage::SetDevice(device) => self.set_device(device),
+        }
+    }
+}
+
+/// Inboxes of the actors.
+pub(crate) struct Inboxes {
+    pub reduction: flume::Sender<GradientReady>,
+    pub monitor: flume::Sender<MonitorMessage>,
+}
+
+/// What the actors are made of.
+pub(crate) struct Parts {
+    pub shared: Arc<Shared>,
+    pub bell: flume::Receiver<Ring>,
+    pub mailbox: usize,
+    pub pool: Arc<rayon::ThreadPool>,
+    pub non_model: Arc<NonModel>,
+    pub device: Bytes,
+    pub headroom: f64,
+}
+
+/// The running actors.
+pub(crate) struct ActorSystem {
+    pub inboxes: Inboxes,
+    stop: Option<flume::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ActorSystem {
+    /// Starts everything; returns when all actors are adopted.
+    pub fn start(parts: Parts) -> Result<Self, RuntimeError> {
+        let (ready_tx, ready) = flume::bounded(1);
+        let (stop, stop_rx) = flume::bounded::<()>(1);
+        let thread = std::thread::Builder::new()
+            .name("ps-supervisor".into())
+            .spawn(move || {
+                let system = System::new();
+                system.block_on(async move {
+                    let arbiters = Arbiters::new();
+                    let inboxes = adopt_all(&arbiters, &parts).await;
+                    let _ = ready_tx.send(inboxes);
+                    // Closed or told: either way the runtime is going down.
+                    let _ = stop_rx.recv_async().await;
+                    arbiters.stop();
+                });
+            })
+            .map_err(|error| RuntimeError::Stopped(format!("no thread for the actors: {error}")))?;
+        let inboxes = ready
+            .recv()
+            .map_err(|_| RuntimeError::Stopped("the actors did not start".into()))?
+            .map_err(RuntimeError::Stopped)?;
+        Ok(ActorSystem { inboxes, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// Applies new policies.
+    pub fn retune(&self, shared: &Shared, retune: Retune) -> Result<(), RuntimeError> {
+        if let Ok(mut policies) = shared.policies.write() {
+            *policies = EvictionPolicy {
+                policy: retune.policy.unwrap_or(policies.policy),
+                prefetch: retune.prefetch.unwrap_or(policies.prefetch),
+            };
+        }
+        if let Some(device) = retune.device {
+            self.tell_monitor(MonitorMessage::SetDevice(device))?;
+        }
+        shared.ring();
+        Ok(())
+    }
+
+    pub fn tell_monitor(&self, message: MonitorMessage) -> Result<(), RuntimeError> {
+        self.inboxes.monitor.send(message).map_err(|_| RuntimeError::Stopped("the monitor is gone".into()))
+    }
+}
+
+impl Drop for ActorSystem {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// One thread an actor: an actor may block on a copy or a file without delaying another.
+struct Arbiters {
+    arbiters: Vec<Arbiter>,
+}
+
+impl Arbiters {
+    fn new() -> Self {
+        Arbiters { arbiters: ActorName::ALL.iter().map(|_| Arbiter::new()).collect() }
+    }
+
+    fn handle(&self, actor: ActorName) -> ArbiterHandle {
+        self.arbiters[actor as usize].handle()
+    }
+
+    fn stop(self) {
+        for arbiter in &self.arbiters {
+            arbiter.stop();
+        }
+        for arbiter in self.arbiters {
+            let _ = arbiter.join();
+        }
+    }
+}
+
+async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String> {
+    let shared = &parts.shared;
+    let supervisor = Supervisor::new(Arc::clone(shared)).start();
+    let (monitor, monitor_rx) = flume::bounded(parts.mailbox);
+    let (reduction, reduction_rx) = flume::bounded(parts.mailbox);
+    // With clipping all groups are handed over at once; reduction must not wait for the optimizer then, or the next
+    // forward could not begin under it.
+    let (optimizer, optimizer_rx) = flume::bounded(parts.mailbox.max(shared.layout.group_count()));
+    let (host_to_device, host_to_device_rx) = flume::bounded(parts.mailbox);
+    let (device_to_host, device_to_host_rx) = flume::bounded(parts.mailbox);
+    let (disk, disk_rx) = flume::bounded(parts.mailbox);
+    let streams = Streams { host_to_device, device_to_host, disk };
+
+    let eviction = {
+        let shared = Arc::clone(shared);
+        move || Eviction::new(Arc::clone(&shared), streams.clone())
+    };
+    adopt(&supervisor, arbiters, shared, ActorName::Eviction, parts.bell.clone(), eviction).await?;
+    for (name, inbox) in [
+        (ActorName::HostToDevice, host_to_device_rx),
+        (ActorName::DeviceToHost, device_to_host_rx),
+        (ActorName::Disk, disk_rx),
+    ] {
+        let shared_of_stream = Arc::clone(shared);
+        let make = move || CopyStream::new(Arc::clone(&shared_of_stream), name);
+        adopt(&supervisor, arbiters, shared, name, inbox, make).await?;
+    }
+    let reduce = {
+        let shared = Arc::clone(shared);
+        move || Reduction::new(Arc::clone(&shared), optimizer.clone())
+    };
+    adopt(&supervisor, arbiters, shared, ActorName::Reduction, reduction_rx, reduce).await?;
+    let step = {
+        let (shared, pool) = (Arc::clone(shared), Arc::clone(&parts.pool));
+        move || Optimizer::new(Arc::clone(&shared), Arc::clone(&pool))
+    };
+    adopt(&supervisor, arbiters, shared, ActorName::Optimizer, optimizer_rx, step).await?;
+    let watch = {
+        let (shared, non_model) = (Arc::clone(shared), Arc::clone(&parts.non_model));
+        let (device, headroom) = (parts.device, parts.headroom);
+        move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), device, headroom)
+    };
+    adopt(&supervisor, arbiters, shared, ActorName::Monitor, monitor_rx, watch).await?;
+    Ok(Inboxes { reduction, monitor })
+}
+
+async fn adopt<W: Worker>(
+    supervisor: &Addr<Supervisor>,
+    arbiters: &Arbiters,
+    shared: &Arc<Shared>,
+    actor: ActorName,
+    inbox: flume::Receiver<W::Message>,
+    make: impl Fn() -> W + Send + 'static,
+) -> Result<(), String> {
+    let post = Post { name: actor, inbox, in_hand: Arc::new(Mutex::new(VecDeque::new())), shared: Arc::clone(shared) };
+    let arbiter = arbiters.handle(actor);
+    let start = Box::new(move |supervisor: Addr<Supervisor>| {
+        let (worker, post) = (make(), post.clone());
+        Shell::start_in_arbiter(&arbiter, move |_| Shell::new(worker, post, supervisor));
+    });
+    supervisor.send(Adopt { actor, start }).await.map_err(|error| format!("{} was not adopted: {error}", actor.name()))
+}

@@ -1,0 +1,399 @@
+//! The shared table: where every chunk is, who leases it, what is on the way.
+//!
+//! One lock guards it and is held for microseconds. The compute thread takes a lease here without a message when the
+//! chunks are in place, which is the normal case. Only the eviction actor starts moves; a copy stream claims a move,
+//! copies without the lock, and completes it. Each transition is whole under the lock, so an actor that panics leaves a
+//! table from which its successor goes on.
+
+use std::collections::{BTreeMap, VecDeque};
+
+use crate::chunk::{ChunkEvent, ChunkState, Layout, Pass};
+use crate::error::RuntimeError;
+use crate::memory::{SlotAllocator, SlotIndex};
+use crate::stats::{Direction, Reason, StallCause, Stats};
+use crate::types::{Bytes, ChunkId, GroupId, Moment, Step, Tier};
+
+/// What a lease allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Others may read too, anywhere.
+    Read,
+    /// Nobody else; copies in other tiers become invalid.
+    Write,
+    /// As `Write`; a chunk without payload begins as zeros.
+    Fresh,
+}
+
+/// A chunk's place in one tier.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    Absent,
+    /// A move is writing this slot.
+    Filling(SlotIndex),
+    Valid(SlotIndex),
+}
+
+impl Place {
+    pub(crate) fn valid(self) -> Option<SlotIndex> {
+        match self {
+            Place::Valid(slot) => Some(slot),
+            Place::Absent | Place::Filling(_) => None,
+        }
+    }
+}
+
+/// Everything known about one chunk.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub state: ChunkState,
+    pub place: [Place; 3],
+    pub leases: [u32; 3],
+    pub write_leased: bool,
+    pub last_use: u64,
+    pub arrived: u64,
+    /// Brought by prefetch and not used since.
+    pub prefetched: bool,
+    /// Belongs to a group that is stepped on the device for good: evicted only when nothing else is left.
+    pub pinned: bool,
+    pub moving: Option<MoveId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct MoveId(pub u64);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum MoveStatus {
+    /// In the table, perhaps not yet told to a stream.
+    Planned,
+    /// A stream works on it.
+    Claimed,
+}
+
+/// One copy between tiers, or a zero fill (`from == None`).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Move {
+    pub chunk: ChunkId,
+    pub from: Option<(Tier, SlotIndex)>,
+    pub to: (Tier, SlotIndex),
+    /// The source slot is freed at the end: an eviction.
+    pub drop_source: bool,
+    pub reason: Reason,
+    pub status: MoveStatus,
+}
+
+impl Move {
+    pub fn direction(&self) -> Direction {
+        match (self.from.map(|(tier, _)| tier), self.to.0) {
+            (None, _) => Direction::Zero,
+            (Some(Tier::Device), _) => Direction::DeviceToHost,
+            (Some(Tier::Disk), _) => Direction::DiskToHost,
+            (Some(Tier::Host), Tier::Disk) => Direction::HostToDisk,
+            (Some(Tier::Host), _) => Direction::HostToDevice,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct RequestId(pub u64);
+
+/// Who asks: decides what a request has to wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Requester {
+    /// Waits for pending updates of the groups it reads.
+    Compute,
+    /// Applies updates; waits for a checkpoint that still has to read the group.
+    Optimizer,
+    /// Reads gradients.
+    Reduction,
+    /// Waits for pending updates, as it saves what follows them.
+    Checkpoint,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct Request {
+    pub id: RequestId,
+    pub tier: Tier,
+    pub chunks: Vec<(ChunkId, Access)>,
+    pub requester: Requester,
+}
+
+/// Flags of a group within a step.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct GroupState {
+    /// The step whose gradient is complete and whose update is not applied yet: nobody may use its weights.
+    pub pending_update: Option<Step>,
+    /// A checkpoint has to read it before the next update.
+    pub save_wanted: bool,
+    /// Stepped on the device side.
+    pub on_device: bool,
+    /// Backward uses still to come in this step.
+    pub gradient_uses_left: u32,
+}
+
+/// The table itself. See the module's page.
+pub(crate) struct Table {
+    pub entries: Vec<Entry>,
+    pub groups: Vec<GroupState>,
+    pub slots: [SlotAllocator; 3],
+    /// Slots that may be used now; at most the capacity.
+    pub budget: [u32; 3],
+    pub moves: BTreeMap<MoveId, Move>,
+    pub requests: VecDeque<Request>,
+    pub now: Moment,
+    pub tick: u64,
+    pub stats: Stats,
+    pub peak: [u32; 3],
+    /// Device slots in use at most since the moment began.
+    pub moment_peak: u32,
+    pub failed: Option<RuntimeError>,
+    chunk_bytes: Bytes,
+    next_id: u64,
+}
+
+impl Table {
+    pub fn new(layout: &Layout, slots: [SlotAllocator; 3]) -> Self {
+        let entries = layout.chunks().iter().map(|_| Entry {
+            state: ChunkState::Free,
+            place: [Place::Absent; 3],
+            leases: [0; 3],
+            write_leased: false,
+            last_use: 0,
+            arrived: 0,
+            prefetched: false,
+            pinned: false,
+            moving: None,
+        });
+        Table {
+            entries: entries.collect(),
+            groups: vec![GroupState::default(); layout.group_count()],
+            budget: std::array::from_fn(|tier| slots[tier].capacity()),
+            slots,
+            moves: BTreeMap::new(),
+            requests: VecDeque::new(),
+            now: Moment(0),
+            tick: 0,
+            stats: Stats::default(),
+            peak: [0; 3],
+            moment_peak: 0,
+            failed: None,
+            chunk_bytes: layout.chunk_bytes(),
+            next_id: 0,
+        }
+    }
+
+    pub fn entry(&self, chunk: ChunkId) -> &Entry {
+        &self.entries[chunk.0 as usize]
+    }
+
+    pub fn entry_mut(&mut self, chunk: ChunkId) -> &mut Entry {
+        &mut self.entries[chunk.0 as usize]
+    }
+
+    pub fn used(&self, tier: Tier) -> u32 {
+        self.slots[tier.index()].used()
+    }
+
+    /// Slots that may still be allocated under the budget.
+    pub fn room(&self, tier: Tier) -> u32 {
+        self.budget[tier.index()].saturating_sub(self.used(tier))
+    }
+
+    pub fn has_payload(&self, chunk: ChunkId) -> bool {
+        self.entry(chunk).place.iter().any(|place| place.valid().is_some())
+    }
+
+    pub fn nearest_valid(&self, chunk: ChunkId) -> Option<(Tier, SlotIndex)> {
+        let entry = self.entry(chunk);
+        Tier::ALL.into_iter().find_map(|tier| Some((tier, entry.place[tier.index()].valid()?)))
+    }
+
+    pub fn next_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+
+    pub fn apply(&mut self, chunk: ChunkId, event: ChunkEvent) -> Result<(), RuntimeError> {
+        let entry = self.entry_mut(chunk);
+        entry.state = entry.state.apply(event).map_err(|source| RuntimeError::Transition { chunk, source })?;
+        Ok(())
+    }
+
+    pub fn allocate(&mut self, tier: Tier) -> Result<SlotIndex, RuntimeError> {
+        let slot = self.slots[tier.index()].alloc()?;
+        self.peak[tier.index()] = self.peak[tier.index()].max(self.used(tier));
+        self.moment_peak = self.moment_peak.max(self.used(Tier::Device));
+        Ok(slot)
+    }
+
+    /// Highest use of the device since the last call.
+    pub fn take_moment_peak(&mut self) -> u32 {
+        let now = self.used(Tier::Device);
+        std::mem::replace(&mut self.moment_peak, now).max(now)
+    }
+
+    /// Frees the copy of `chunk` in `tier`, which must be valid and unleased.
+    pub fn discard(&mut self, chunk: ChunkId, tier: Tier) -> Result<(), RuntimeError> {
+        if let Place::Valid(slot) = self.entry(chunk).place[tier.index()] {
+            self.slots[tier.index()].free(slot)?;
+            self.entry_mut(chunk).place[tier.index()] = Place::Absent;
+        }
+        Ok(())
+    }
+
+    /// Enters a move. The destination slot is allocated here; room must have been checked.
+    pub fn start_move(
+        &mut self,
+        chunk: ChunkId,
+        from: Option<Tier>,
+        to: Tier,
+        drop_source: bool,
+        reason: Reason,
+    ) -> Result<MoveId, RuntimeError> {
+        let source = match from {
+            Some(tier) => Some((tier, self.entry(chunk).place[tier.index()].valid().ok_or(RuntimeError::NoPayload(chunk))?)),
+            None => {
+                self.apply(chunk, ChunkEvent::Allocate)?;
+                None
+            }
+        };
+        self.apply(chunk, ChunkEvent::StartMove)?;
+        let slot = self.allocate(to)?;
+        let id = MoveId(self.next_id());
+        let entry = self.entry_mut(chunk);
+        entry.place[to.index()] = Place::Filling(slot);
+        entry.moving = Some(id);
+        entry.prefetched = reason == Reason::Prefetch && to == Tier::Device;
+        self.moves.insert(id, Move { chunk, from: source, to: (to, slot), drop_source, reason, status: MoveStatus::Planned });
+        Ok(id)
+    }
+
+    /// Ends a move whose copy is done.
+    pub fn complete_move(&mut self, id: MoveId) -> Result<(), RuntimeError> {
+        let Some(done) = self.moves.remove(&id) else { return Ok(()) };
+        self.tick += 1;
+        let tick = self.tick;
+        let entry = self.entry_mut(done.chunk);
+        entry.place[done.to.0.index()] = Place::Valid(done.to.1);
+        entry.moving = None;
+        entry.arrived = tick;
+        self.apply(done.chunk, ChunkEvent::EndMove)?;
+        if let (Some((tier, _)), true) = (done.from, done.drop_source) {
+            self.discard(done.chunk, tier)?;
+        }
+        let direction = done.direction() as usize;
+        self.stats.moves[direction] += 1;
+        self.stats.bytes[direction] += if done.from.is_some() { self.chunk_bytes.0 } else { 0 };
+        self.stats.reasons[done.reason as usize] += 1;
+        Ok(())
+    }
+
+    /// Whether the world allows `request` at all: pending updates and checkpoints come first.
+    pub fn is_eligible(&self, request: &Request, layout: &Layout) -> bool {
+        request.chunks.iter().all(|&(chunk, _)| {
+            let info = layout.chunk(chunk);
+            let group = &self.groups[info.group.0 as usize];
+            match request.requester {
+                Requester::Compute | Requester::Checkpoint => group.pending_update.is_none(),
+                Requester::Optimizer => !group.save_wanted,
+                Requester::Reduction => true,
+            }
+        })
+    }
+
+    /// Why `request` cannot be granted now; `None` when it can.
+    pub fn obstacle(&self, request: &Request, layout: &Layout) -> Option<StallCause> {
+        if !self.is_eligible(request, layout) {
+            return Some(StallCause::Optimizer);
+        }
+        let tier = request.tier.index();
+        for &(chunk, access) in &request.chunks {
+            let entry = self.entry(chunk);
+            if entry.moving.is_some() {
+                return Some(StallCause::Copy);
+            }
+            if entry.place[tier].valid().is_none() {
+                return Some(StallCause::Slot);
+            }
+            let leased = entry.leases.iter().any(|&leases| leases > 0);
+            if entry.write_leased || (access != Access::Read && leased) {
+                return Some(StallCause::Optimizer);
+            }
+        }
+        if self.slots[tier].used() > self.budget[tier] {
+            return Some(StallCause::Budget);
+        }
+        None
+    }
+
+    /// Takes the leases of a request without obstacle; slots in the order of its chunks.
+    pub fn grant(&mut self, request: &Request) -> Result<Vec<SlotIndex>, RuntimeError> {
+        let tier = request.tier;
+        let mut slots = Vec::with_capacity(request.chunks.len());
+        for &(chunk, access) in &request.chunks {
+            self.apply(chunk, ChunkEvent::Lease)?;
+            self.tick += 1;
+            let tick = self.tick;
+            let entry = self.entry_mut(chunk);
+            entry.leases[tier.index()] += 1;
+            entry.last_use = tick;
+            let was_prefetched = std::mem::take(&mut entry.prefetched);
+            let slot = entry.place[tier.index()].valid().ok_or(RuntimeError::NoPayload(chunk))?;
+            slots.push(slot);
+            if was_prefetched && tier == Tier::Device {
+                self.stats.prefetch_useful += 1;
+            }
+            if access != Access::Read {
+                self.entry_mut(chunk).write_leased = true;
+                for other in Tier::ALL.into_iter().filter(|&other| other != tier) {
+                    self.discard(chunk, other)?;
+                }
+            }
+        }
+        self.requests.retain(|queued| queued.id != request.id);
+        Ok(slots)
+    }
+
+    /// Gives leases back.
+    pub fn release(&mut self, tier: Tier, chunks: &[(ChunkId, Access)], pass: Pass) -> Result<(), RuntimeError> {
+        for &(chunk, access) in chunks {
+            let entry = self.entry_mut(chunk);
+            entry.leases[tier.index()] = entry.leases[tier.index()].saturating_sub(1);
+            if access != Access::Read {
+                entry.write_leased = false;
+            }
+            self.apply(chunk, ChunkEvent::ReleaseAfter(pass))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the payload of an unleased chunk: a gradient that was applied.
+    pub fn drop_payload(&mut self, chunk: ChunkId) -> Result<(), RuntimeError> {
+        for tier in Tier::ALL {
+            self.discard(chunk, tier)?;
+        }
+        self.apply(chunk, ChunkEvent::Release)
+    }
+
+    /// State of a group.
+    pub fn group(&self, group: GroupId) -> &GroupState {
+        &self.groups[group.0 as usize]
+    }
+
+    /// Group state for change.
+    pub fn group_mut(&mut self, group: GroupId) -> &mut GroupState {
+        &mut self.groups[group.0 as usize]
+    }
+
+    /// Chunk bytes in use per tier and kind.
+    pub fn use_by_kind(&self, layout: &Layout) -> [[u64; 6]; 3] {
+        let mut bytes = [[0; 6]; 3];
+        for (entry, info) in self.entries.iter().zip(layout.chunks()) {
+            for tier in Tier::ALL {
+                if entry.place[tier.index()] != Place::Absent {
+                    bytes[tier.index()][info.kind.index()] += self.chunk_bytes.0;
+                }
+            }
+        }
+        bytes
+    }
+}

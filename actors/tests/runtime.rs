@@ -1,0 +1,301 @@
+//! The runtime under a model without candle: whatever the budget, policy, side or fault, the same bits.
+
+use std::sync::Arc;
+
+use patrickstar_actors::adam::AdamConfig;
+use patrickstar_actors::chunk::{Layout, TensorSpec};
+use patrickstar_actors::error::RuntimeError;
+use patrickstar_actors::health::ActorName;
+use patrickstar_actors::monitor::NoProbe;
+use patrickstar_actors::runtime::{Placement, Runtime, RuntimeConfig};
+use patrickstar_actors::schedule::Policy;
+use patrickstar_actors::stats::Direction;
+use patrickstar_actors::timeline::Timeline;
+use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, TensorId, Tier};
+use patrickstar_actors::{Access, EvictionPolicy, Retune};
+
+const CHUNK: u64 = 16 << 10;
+const BLOCKS: usize = 8;
+
+/// A model of `BLOCKS` blocks with two tensors each; the first tensor is tied: the last block uses it too.
+fn specs() -> Vec<TensorSpec> {
+    (0..2 * BLOCKS)
+        .map(|index| TensorSpec {
+            name: format!("t{index}"),
+            rows: 24 + index,
+            columns: 64,
+            tile_rows: None,
+            decay: index % 2 == 0,
+        })
+        .collect()
+}
+
+fn uses(block: usize) -> Vec<TensorId> {
+    let mut uses = vec![TensorId(2 * block as u32), TensorId(2 * block as u32 + 1)];
+    if block == BLOCKS - 1 {
+        uses.push(TensorId(0));
+    }
+    uses
+}
+
+#[derive(Clone)]
+struct Case {
+    precision: Precision,
+    device_slots: u64,
+    host_slots: u32,
+    disk_slots: u32,
+    policy: Policy,
+    prefetch: u32,
+    placement: Placement,
+    clip_norm: f64,
+    kill: Option<ActorName>,
+}
+
+impl Case {
+    fn resident(precision: Precision, clip_norm: f64) -> Self {
+        Case {
+            precision,
+            device_slots: 1000,
+            host_slots: 200,
+            disk_slots: 0,
+            policy: Policy::Opt,
+            prefetch: 4,
+            placement: Placement::Host,
+            clip_norm,
+            kill: None,
+        }
+    }
+}
+
+struct Model {
+    runtime: Runtime,
+    precision: Precision,
+}
+
+fn chunks(layout: &Layout, block: usize, kind: Kind) -> Vec<ChunkId> {
+    let mut chunks: Vec<ChunkId> = uses(block)
+        .into_iter()
+        .flat_map(|tensor| layout.tiles(tensor).iter().flat_map(|tile| layout.group_chunks(tile.group, kind)).copied())
+        .collect();
+    chunks.sort();
+    chunks.dedup();
+    chunks
+}
+
+impl Model {
+    fn new(case: &Case) -> Result<Self, RuntimeError> {
+        let layout = Layout::new(&specs(), case.precision, Bytes(CHUNK)).expect("layout");
+        let mut gradient_uses = vec![0; layout.group_count()];
+        for block in 0..BLOCKS {
+            for chunk in chunks(&layout, block, Kind::Gradient) {
+                gradient_uses[layout.chunk(chunk).group.0 as usize] += 1;
+            }
+        }
+        let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
+        let config = RuntimeConfig {
+            device: Bytes(case.device_slots * CHUNK),
+            non_model: Bytes(0),
+            host_slots: case.host_slots,
+            disk_slots: case.disk_slots,
+            disk_path: disk,
+            eviction: EvictionPolicy { policy: case.policy, prefetch: case.prefetch },
+            placement: case.placement,
+            working_set: 8,
+            adam: AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true },
+            clip_norm: case.clip_norm,
+            mailbox: 4,
+            optimizer_threads: 2,
+            headroom: 0.0,
+        };
+        let runtime = Runtime::start(layout, config, gradient_uses, Arc::new(NoProbe), Arc::new(Timeline::default()))?;
+        let model = Model { runtime, precision: case.precision };
+        let layout = model.runtime.layout();
+        for (index, info) in layout.chunks().iter().enumerate().filter(|(_, info)| info.kind != Kind::Gradient) {
+            let (chunk, kind) = (ChunkId(index as u32), info.kind);
+            let group = info.group;
+            model.runtime.initialise(chunk, |bytes| {
+                if kind == Kind::Weight {
+                    fill(bytes, group, case.precision);
+                }
+            })?;
+        }
+        Ok(model)
+    }
+
+    fn step(&mut self, step: u64) -> Result<(), RuntimeError> {
+        self.runtime.begin_step(Step(step), 1e-2)?;
+        for block in 0..BLOCKS - 1 {
+            let request = self.weights(block);
+            let lease = self.runtime.access(|| format!("forward {block}"), request)?;
+            self.runtime.release_forward(lease)?;
+        }
+        for block in (0..BLOCKS).rev() {
+            let layout = self.runtime.layout().clone();
+            let mut request = self.weights(block);
+            request.extend(chunks(&layout, block, Kind::Gradient).into_iter().map(|chunk| (chunk, Access::Fresh)));
+            let lease = self.runtime.access(|| format!("backward {block}"), request)?;
+            for tensor in uses(block) {
+                for tile in layout.tiles(tensor) {
+                    let elements = tile.rows * 64;
+                    let weight = lease.address_of(layout.group_chunks(tile.group, Kind::Weight)[0]).expect("leased");
+                    let gradient = lease.address_of(layout.group_chunks(tile.group, Kind::Gradient)[0]).expect("leased");
+                    accumulate(self.precision, weight, gradient, tile.offset, elements, block);
+                }
+            }
+            self.runtime.release_backward(lease)?;
+        }
+        self.runtime.end_step()?;
+        let device = self.runtime.tier_use(Tier::Device);
+        assert!(device.peak <= device.capacity);
+        Ok(())
+    }
+
+    fn weights(&self, block: usize) -> Vec<(ChunkId, Access)> {
+        chunks(self.runtime.layout(), block, Kind::Weight).into_iter().map(|chunk| (chunk, Access::Read)).collect()
+    }
+
+    /// All states, in chunk order.
+    fn states(&self) -> Result<Vec<u8>, RuntimeError> {
+        self.runtime.drain()?;
+        let mut all = Vec::new();
+        for group in 0..self.runtime.layout().group_count() {
+            for &kind in self.precision.persistent_kinds() {
+                let chunks = self.runtime.layout().group_chunks(GroupId(group as u32), kind).to_vec();
+                self.runtime.read(&chunks, |slices| slices.iter().for_each(|slice| all.extend_from_slice(slice)))?;
+            }
+        }
+        Ok(all)
+    }
+}
+
+fn fill(bytes: &mut [u8], group: GroupId, precision: Precision) {
+    let value = |index: usize| ((index * 37 + group.0 as usize * 101) % 97) as f32 / 97.0 - 0.5;
+    match precision {
+        Precision::Fp32 => {
+            bytes.chunks_exact_mut(4).enumerate().for_each(|(i, out)| out.copy_from_slice(&value(i).to_ne_bytes()))
+        }
+        Precision::Bf16 => bytes
+            .chunks_exact_mut(2)
+            .enumerate()
+            .for_each(|(i, out)| out.copy_from_slice(&((value(i).to_bits() >> 16) as u16).to_ne_bytes())),
+    }
+}
+
+/// A gradient that depends on the weights, so that any stale or torn weight changes all later bits.
+fn accumulate(precision: Precision, weight: *mut u8, gradient: *mut u8, offset: usize, elements: usize, block: usize) {
+    let slope = |w: f32, i: usize| (w * 3.0 + (i % 7) as f32 * 0.01) * (1.0 + block as f32 * 0.1);
+    for i in offset..offset + elements {
+        unsafe {
+            match precision {
+                Precision::Fp32 => *gradient.cast::<f32>().add(i) += slope(*weight.cast::<f32>().add(i), i),
+                Precision::Bf16 => {
+                    let widen = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+                    let target = gradient.cast::<u16>().add(i);
+                    let sum = widen(*target) + slope(widen(*weight.cast::<u16>().add(i)), i);
+                    *target = (sum.to_bits() >> 16) as u16;
+                }
+            }
+        }
+    }
+}
+
+fn train(case: &Case) -> Vec<u8> {
+    let mut model = Model::new(case).expect("start");
+    for step in 1..=4 {
+        if let (Some(actor), 2) = (case.kill, step) {
+            model.runtime.plant_panic(actor);
+        }
+        model.step(step).unwrap_or_else(|error| panic!("step {step}: {error}"));
+    }
+    let states = model.states().expect("states");
+    if let Some(actor) = case.kill {
+        let status = model.runtime.actors();
+        let restarts = status.iter().find(|status| status.actor == actor.name()).map(|status| status.restarts);
+        assert_eq!(restarts, Some(1), "{actor:?} was killed and restored once");
+    }
+    states
+}
+
+#[test]
+fn states_are_the_same_bits_whatever_the_budget_policy_and_side() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        for clip_norm in [0.0, 1.0] {
+            let reference = train(&Case::resident(precision, clip_norm));
+            for placement in [Placement::Host, Placement::Device, Placement::Hybrid] {
+                for policy in [Policy::Opt, Policy::Lru, Policy::Static] {
+                    for (device_slots, prefetch) in [(9, 0), (10, 3), (24, 8)] {
+                        let resident = Case::resident(precision, clip_norm);
+                        let case = Case { device_slots, policy, prefetch, placement, ..resident };
+                        let what = format!("{precision:?} clip {clip_norm} {placement:?} {policy:?} {device_slots} slots");
+                        assert!(train(&case) == reference, "{what}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn states_are_the_same_bits_from_disk() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        let resident = Case::resident(precision, 1.0);
+        let reference = train(&resident);
+        let case = Case { device_slots: 9, host_slots: 14, disk_slots: 100, ..resident };
+        assert!(train(&case) == reference, "{precision:?}");
+    }
+}
+
+#[test]
+fn every_actor_may_die_in_the_middle_of_its_work() {
+    let base = Case { device_slots: 9, host_slots: 14, disk_slots: 100, ..Case::resident(Precision::Fp32, 1.0) };
+    let reference = train(&Case::resident(Precision::Fp32, 1.0));
+    // The monitor works once, after the warm-up step, so its panic is planted through a retune below.
+    for actor in ActorName::ALL.into_iter().filter(|&actor| actor != ActorName::Monitor) {
+        assert!(train(&Case { kill: Some(actor), ..base.clone() }) == reference, "{actor:?}");
+    }
+    let mut model = Model::new(&base).expect("start");
+    for step in 1..=4 {
+        if step == 3 {
+            model.runtime.plant_panic(ActorName::Monitor);
+            model.runtime.retune(Retune { device: Some(Bytes(12 * CHUNK)), ..Retune::default() }).expect("retune");
+        }
+        model.step(step).expect("step");
+    }
+    assert!(model.states().expect("states") == reference, "monitor");
+}
+
+#[test]
+fn retuning_while_training_does_not_change_the_bits() {
+    let case = Case { device_slots: 20, ..Case::resident(Precision::Fp32, 0.0) };
+    let reference = train(&Case::resident(Precision::Fp32, 0.0));
+    let mut model = Model::new(&case).expect("start");
+    for step in 1..=4u64 {
+        let policy = [Policy::Lru, Policy::Static, Policy::Opt][step as usize % 3];
+        let device = Some(Bytes([20, 9, 14, 10][step as usize - 1] * CHUNK));
+        model.runtime.retune(Retune { policy: Some(policy), prefetch: Some(step as u32 % 3), device }).expect("retune");
+        model.step(step).expect("step");
+    }
+    assert!(model.states().expect("states") == reference);
+}
+
+#[test]
+fn a_request_that_never_fits_is_a_typed_error_with_numbers() {
+    let case = Case { device_slots: 2, ..Case::resident(Precision::Fp32, 0.0) };
+    let mut model = Model::new(&case).expect("start");
+    match model.step(1) {
+        Err(RuntimeError::OutOfSlots { tier: Tier::Device, .. }) => {}
+        other => panic!("expected to run out of device slots, got {other:?}"),
+    }
+}
+
+#[test]
+fn prefetched_weights_are_there_when_asked_for() {
+    let case = Case { device_slots: 14, prefetch: 8, ..Case::resident(Precision::Fp32, 0.0) };
+    let mut model = Model::new(&case).expect("start");
+    for step in 1..=4 {
+        model.step(step).expect("step");
+    }
+    let stats = model.runtime.stats();
+    assert!(stats.prefetch_useful > 0, "{stats:?}");
+    assert!(stats.moves[Direction::HostToDevice as usize] > 0);
+}

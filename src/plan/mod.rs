@@ -1,0 +1,303 @@
+//! What a job will need, from its configuration alone: nothing is allocated.
+//!
+//! The engine configures its runtime from the same plan, so a job that `plan` accepts is the job that runs.
+
+use std::path::PathBuf;
+
+use patrickstar_actors::EvictionPolicy;
+use patrickstar_actors::adam::AdamConfig;
+use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
+use patrickstar_actors::memory::available_host_memory;
+use patrickstar_actors::runtime::{Placement, RuntimeConfig};
+use patrickstar_actors::schedule::{Policy, SimulationOptions, Trace, TraceRecorder, simulate};
+use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
+use serde::Serialize;
+
+use crate::config::{self, Config, OptimizerKind, Size};
+use crate::error::Error;
+use crate::model::gpt2;
+use crate::train::program::Program;
+
+mod verdict;
+
+/// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
+const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
+
+/// What one tier is predicted to hold.
+#[derive(Clone, Debug, Serialize)]
+pub struct TierPlan {
+    /// Which.
+    pub tier: Tier,
+    /// What the configuration gives it.
+    pub capacity: Bytes,
+    /// What chunks may use of it.
+    pub chunk_budget: Bytes,
+    /// Predicted peak of chunks.
+    pub chunk_peak: Bytes,
+    /// Of which, by kind.
+    pub peak_by_kind: Vec<(Kind, Bytes)>,
+    /// Predicted peak of non-model memory.
+    pub non_model: Bytes,
+}
+
+/// The prediction for a job.
+#[derive(Clone, Debug, Serialize)]
+pub struct Plan {
+    /// Parameters, tied ones once.
+    pub parameters: u64,
+    /// Weights and optimizer states.
+    pub model_states: Bytes,
+    /// Size of a chunk.
+    pub chunk: Bytes,
+    /// Chunks of all kinds.
+    pub chunks: u32,
+    /// Share of the chunks' space that no tensor uses.
+    pub waste: f64,
+    /// Chunks that the largest access leases at once.
+    pub working_set_chunks: u32,
+    /// By tier.
+    pub tiers: Vec<TierPlan>,
+    /// Bytes from host to device in a step.
+    pub host_to_device: Bytes,
+    /// Bytes from device to host in a step.
+    pub device_to_host: Bytes,
+    /// Floating-point operations of a step, recompute not counted; `None` for models of the user's own.
+    pub flops: Option<f64>,
+    /// Bytes the optimizer streams through host memory in a step.
+    pub optimizer_bytes: Bytes,
+    /// Groups stepped on the device.
+    pub device_groups: u32,
+    /// Why it does not fit, and what would make it fit.
+    pub problems: Vec<String>,
+    #[serde(skip)]
+    layout: Layout,
+    #[serde(skip)]
+    slots: Slots,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slots {
+    host: u32,
+    disk: u32,
+}
+
+/// Non-model memory of one step, from the shapes; a quarter of the device for models of the user's own until it has been
+/// measured in the warm-up step.
+pub fn non_model_estimate(config: &Config) -> Bytes {
+    match gpt2::Gpt2Config::from_config(config) {
+        Ok(Some(model)) => {
+            let micro = config.train.batch / config.train.micro_batches.max(1);
+            Bytes(gpt2::activation_bytes(&model, micro, config.train.micro_batches, config.train.seq_len))
+        }
+        Ok(None) | Err(_) => Bytes(config.memory.device.0 / 4),
+    }
+}
+
+impl Plan {
+    /// Predicts a job. Errors are only for configurations that name an impossible chunk.
+    pub fn new(config: &Config, program: &Program, non_model: Bytes) -> Result<Self, Error> {
+        let specs = program.tensor_specs();
+        let precision = config.model.precision;
+        let device = config.memory.device;
+        let chunk = match config.memory.chunk {
+            Size::Bytes(bytes) => bytes,
+            Size::Auto => {
+                let limits = SearchLimits {
+                    min: Bytes(CHUNK_SEARCH.0),
+                    max: Bytes(CHUNK_SEARCH.1),
+                    device_budget: Some(Bytes(device.0.saturating_sub(non_model.0))),
+                    working_set: &program.working_sets(),
+                };
+                search_chunk_size(&specs, precision, limits)?.best
+            }
+        };
+        let layout = Layout::new(&specs, precision, chunk)?;
+        let mut plan = Plan {
+            parameters: layout.parameters(),
+            model_states: layout.state_bytes(),
+            chunk,
+            chunks: layout.chunk_count() as u32,
+            waste: 1.0 - layout.utilisation(),
+            working_set_chunks: program.working_set_chunks(&layout),
+            tiers: Vec::new(),
+            host_to_device: Bytes(0),
+            device_to_host: Bytes(0),
+            flops: None,
+            optimizer_bytes: Bytes(0),
+            device_groups: 0,
+            problems: Vec::new(),
+            layout,
+            slots: Slots::default(),
+        };
+        plan.flops = gpt2::Gpt2Config::from_config(config).ok().flatten().map(|model| {
+            gpt2::model_flops(&model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
+        });
+        plan.place(config, program, non_model);
+        Ok(plan)
+    }
+
+    fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
+        let chunk = self.chunk.0;
+        let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
+        let groups = self.layout.group_count() as u32;
+        let persistent: u32 = self.layout.precision().persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum();
+        let device = slots(config.memory.device.0.saturating_sub(non_model.0)).min(self.chunks);
+        self.device_groups = match config.actors.optimizer.placement {
+            config::Placement::Device => groups,
+            config::Placement::Host => 0,
+            config::Placement::Hybrid => {
+                (device.saturating_sub(2 * self.working_set_chunks) / persistent.max(1)).min(groups)
+            }
+        };
+        // With clipping every gradient is alive until the norm is known.
+        let gradients = groups;
+        // Staging for a chunk on its way out while another is on its way in.
+        let spare = 2;
+        let wanted = persistent * groups + gradients + spare;
+        let available = available_host_memory().map_or(u64::MAX, |bytes| bytes.0 / 10 * 9);
+        let host_capacity = match config.memory.host {
+            Size::Bytes(bytes) => bytes.0,
+            Size::Auto => available.min(u64::from(wanted) * chunk),
+        };
+        let host = slots(host_capacity).min(wanted);
+        let disk = slots(config.memory.disk.0).min(wanted);
+        self.slots = Slots { host, disk };
+        let states = program.chunks_of(&self.layout, 0, Kind::Weight);
+        debug_assert!(!states.is_empty());
+        self.verify(config, wanted, persistent, device, host, disk);
+        self.predict(config, program, non_model, device, host.min(wanted));
+    }
+
+    fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes, device: u32, host: u32) {
+        let trace = synthetic_trace(program, &self.layout);
+        let layout = &self.layout;
+        let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
+        let options = SimulationOptions {
+            policy: runtime_policy(config.actors.eviction.policy),
+            budget: device as usize,
+            prefetch: config.actors.eviction.prefetch as u32,
+            steps: 2,
+        };
+        let groups = layout.group_count() as u64;
+        if let Ok(report) = simulate(&trace, options, &writes) {
+            let fetched_weights = (report.fetches as u64 / 2).saturating_sub(groups);
+            self.host_to_device = Bytes(fetched_weights * self.chunk.0);
+            self.device_to_host = Bytes((groups - u64::from(self.device_groups).min(groups)) * self.chunk.0);
+            let peak = Bytes((report.peak as u64).min(u64::from(device)) * self.chunk.0);
+            self.tiers.push(TierPlan {
+                tier: Tier::Device,
+                capacity: config.memory.device,
+                chunk_budget: Bytes(u64::from(device) * self.chunk.0),
+                chunk_peak: peak,
+                peak_by_kind: Vec::new(),
+                non_model,
+            });
+        }
+        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
+        let kinds: Vec<(Kind, Bytes)> =
+            layout.precision().persistent_kinds().iter().map(|&kind| per_kind(kind)).chain([per_kind(Kind::Gradient)]).collect();
+        let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
+        let host_bytes = Bytes(u64::from(host) * self.chunk.0);
+        self.tiers.push(TierPlan {
+            tier: Tier::Host,
+            capacity: host_bytes,
+            chunk_budget: host_bytes,
+            chunk_peak: Bytes(total.min(host_bytes.0)),
+            peak_by_kind: kinds,
+            non_model: Bytes(0),
+        });
+        let disk_bytes = Bytes(u64::from(self.slots.disk) * self.chunk.0);
+        self.tiers.push(TierPlan {
+            tier: Tier::Disk,
+            capacity: config.memory.disk,
+            chunk_budget: disk_bytes,
+            chunk_peak: Bytes(total.saturating_sub(host_bytes.0).min(disk_bytes.0)),
+            peak_by_kind: Vec::new(),
+            non_model: Bytes(0),
+        });
+        // Adam reads weight, momentum, variance and gradient and writes the first three.
+        let element = match layout.precision() {
+            Precision::Fp32 => 28,
+            Precision::Bf16 => 26,
+        };
+        let host_share = 1.0 - f64::from(self.device_groups) / groups.max(1) as f64;
+        self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);
+    }
+
+    /// Where tensors lie.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether the job fits.
+    pub fn fits(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    /// Why not, in one line.
+    pub fn refusal(&self) -> Option<String> {
+        (!self.fits()).then(|| format!("the job does not fit: {}", self.problems.join("; ")))
+    }
+
+    /// The runtime that this plan describes.
+    pub fn runtime_config(&self, config: &Config) -> RuntimeConfig {
+        let train = &config.train;
+        RuntimeConfig {
+            device: config.memory.device,
+            non_model: self.tiers.first().map_or(Bytes(0), |tier| tier.non_model),
+            host_slots: self.slots.host,
+            disk_slots: self.slots.disk,
+            disk_path: config.memory.disk_path.clone().unwrap_or_else(|| default_disk_path(config)),
+            eviction: EvictionPolicy {
+                policy: runtime_policy(config.actors.eviction.policy),
+                prefetch: config.actors.eviction.prefetch as u32,
+            },
+            placement: match config.actors.optimizer.placement {
+                config::Placement::Device => Placement::Device,
+                config::Placement::Host => Placement::Host,
+                config::Placement::Hybrid => Placement::Hybrid,
+            },
+            working_set: self.working_set_chunks,
+            adam: AdamConfig {
+                beta1: train.beta1,
+                beta2: train.beta2,
+                eps: train.eps,
+                weight_decay: train.weight_decay,
+                decoupled: train.optimizer == OptimizerKind::Adamw,
+            },
+            clip_norm: train.clip_norm,
+            mailbox: config.actors.copy.mailbox.min(config.actors.reduction.mailbox),
+            optimizer_threads: config.actors.optimizer.threads,
+            headroom: config.actors.monitor.headroom,
+        }
+    }
+}
+
+fn default_disk_path(config: &Config) -> PathBuf {
+    config.train.output.join(format!("chunks-{}.disk", std::process::id()))
+}
+
+/// The runtime's word for a configured policy.
+pub fn runtime_policy(policy: config::Policy) -> Policy {
+    match policy {
+        config::Policy::Opt => Policy::Opt,
+        config::Policy::Lru => Policy::Lru,
+        config::Policy::Static => Policy::Static,
+    }
+}
+
+/// The accesses of a step, as the engine will make them.
+fn synthetic_trace(program: &Program, layout: &Layout) -> Trace {
+    let mut recorder = TraceRecorder::new();
+    let last = program.uses.len() - 1;
+    let ids = |access: Vec<(ChunkId, patrickstar_actors::Access)>| -> Vec<ChunkId> {
+        access.into_iter().map(|(chunk, _)| chunk).collect()
+    };
+    for block in 0..last {
+        recorder.access(&ids(program.forward_access(layout, block)));
+    }
+    for block in (0..=last).rev() {
+        recorder.access(&ids(program.backward_access(layout, block)));
+    }
+    recorder.finish()
+}

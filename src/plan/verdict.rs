@@ -1,0 +1,44 @@
+//! Does it fit, and if not, which knob would make it fit.
+
+use patrickstar_actors::types::Bytes;
+
+use super::Plan;
+use crate::config::{Config, Placement};
+
+impl Plan {
+    pub(super) fn verify(&mut self, config: &Config, wanted: u32, persistent: u32, device: u32, host: u32, disk: u32) {
+        let chunk = self.chunk.0;
+        let bytes = |slots: u32| Bytes(u64::from(slots) * chunk);
+        let stepped_on_device = persistent + 1;
+        let device_need = match config.actors.optimizer.placement {
+            Placement::Device => self.working_set_chunks.max(stepped_on_device),
+            Placement::Host | Placement::Hybrid => self.working_set_chunks,
+        };
+        if device < device_need {
+            let non_model = config.memory.device.0.saturating_sub(bytes(device).0);
+            let need = Bytes(u64::from(device_need) * chunk + non_model.min(config.memory.device.0));
+            self.problems.push(format!(
+                "device memory has room for {device} chunks of {} beside {} of activations, the largest block needs {device_need}: \
+                 set memory.device to at least {need}, or lower memory.chunk, or raise train.micro_batches",
+                Bytes(chunk),
+                Bytes(non_model),
+            ));
+        }
+        let host_need = (persistent + 1).max(self.working_set_chunks) + 2;
+        if host < host_need.min(wanted) {
+            self.problems.push(format!(
+                "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",
+                bytes(host),
+                bytes(host_need),
+                bytes(host_need),
+            ));
+        } else if host + disk < wanted {
+            let missing = bytes(wanted - host - disk);
+            self.problems.push(format!(
+                "all states and gradients need {}, host and disk have {}: raise memory.host or memory.disk by {missing}",
+                bytes(wanted),
+                bytes(host + disk),
+            ));
+        }
+    }
+}

@@ -1,0 +1,12 @@
+//! Training: the engine that drives blocks through leases, and the session around it.
+
+pub mod engine;
+pub mod lr;
+pub mod model;
+pub mod program;
+pub mod sample;
+pub mod save;
+pub mod session;
+mod states;
+
+pub use engine::{Batch, Engine, MicroBatch, StepReport};

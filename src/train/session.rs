@@ -1,0 +1,420 @@
+//! A whole run: data, engine, checkpoints, logs, report.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use patrickstar_actors::types::{Bytes, Step, Tier};
+use serde::Serialize;
+
+use super::engine::{Engine, StepReport};
+use super::model::{build, to_batch};
+use super::sample::{Sampling, generate};
+use super::save::Saving;
+use crate::checkpoint::{self, Checkpoint, CheckpointMeta};
+use crate::config::Config;
+use crate::data::{Batches, Corpus, DataPosition, Tokenizer};
+use crate::error::Error;
+use crate::model::gpt2::Gpt2Config;
+use crate::model::hf;
+use crate::telemetry::report::{ChunkLabel, RunReport, StepPoint, write_report};
+use crate::telemetry::tensorboard::EventWriter;
+use crate::telemetry::trace::write_chrome_trace;
+
+/// Where a run begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// From the configuration's model.
+    Fresh,
+    /// From the newest good checkpoint of the run's directory; fresh if there is none.
+    Latest,
+    /// From this checkpoint.
+    At(PathBuf),
+}
+
+/// The result of a run, as `train --json` prints it last.
+#[derive(Clone, Debug, Serialize)]
+pub struct Summary {
+    /// Steps done in total.
+    pub steps: u64,
+    /// Loss of the first step of the run.
+    pub loss_first: f64,
+    /// Mean loss of the last tenth of the steps (at least one).
+    pub loss_last: f64,
+    /// Parameters.
+    pub params: u64,
+    /// `memory.device`.
+    pub device_budget_bytes: u64,
+    /// Weights and optimizer states.
+    pub model_state_bytes: u64,
+    /// Highest use of the device: chunks and non-model memory.
+    pub device_peak_bytes: u64,
+    /// Chunks copied between tiers.
+    pub chunk_moves: u64,
+    /// Share of the time that the compute thread waited, warm-up step aside.
+    pub stall_ratio: f64,
+    /// Throughput, warm-up step aside.
+    pub tokens_per_second: f64,
+    /// Whether a signal ended the run early.
+    pub interrupted: bool,
+    /// The last checkpoint.
+    pub checkpoint: Option<PathBuf>,
+    /// Generated text.
+    pub sample: Option<String>,
+    /// Files of the run, by what they are.
+    pub files: Vec<(String, PathBuf)>,
+}
+
+/// What a caller sees of a running session.
+pub trait Observer {
+    /// A step is done.
+    fn step(&mut self, report: &StepReport, session: &Progress);
+    /// Something worth a line.
+    fn message(&mut self, text: &str);
+}
+
+/// Numbers for a progress line.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// Tokens a second in this step.
+    pub tokens_per_second: f64,
+    /// Device memory in use, chunks and non-model.
+    pub device_used: Bytes,
+    /// Device memory given.
+    pub device_budget: Bytes,
+    /// Host memory in use by chunks.
+    pub host_used: Bytes,
+}
+
+/// A run that is set up.
+pub struct Session {
+    config: Config,
+    model: Gpt2Config,
+    tokenizer: Tokenizer,
+    batches: Batches,
+    engine: Engine,
+    history: Vec<StepPoint>,
+    events: Option<EventWriter>,
+    saving: Option<Saving>,
+    last_checkpoint: Option<PathBuf>,
+    run: RunTotals,
+}
+
+#[derive(Default)]
+struct RunTotals {
+    timed_tokens: u64,
+    timed_seconds: f64,
+    timed_stall: f64,
+    steps: u64,
+}
+
+impl Session {
+    /// Opens data and checkpoint, plans, and sets up the engine.
+    pub fn open(mut config: Config, start: &Start, observer: &mut dyn Observer) -> Result<Self, Error> {
+        config.validate()?;
+        let output = config.train.output.clone();
+        std::fs::create_dir_all(&output).map_err(|error| Error::io(&output, error))?;
+        let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
+        let corpus = Arc::new(Corpus::open(&config.data.path, &tokenizer)?);
+        let mut batches = Batches::new(
+            corpus,
+            config.train.seq_len,
+            config.train.batch,
+            config.train.seed,
+            config.data.shuffle,
+        )?;
+        let (model, blocks) = build(&mut config, &tokenizer)?;
+        let checkpoint = find_checkpoint(&checkpoints_dir(&output), start, observer)?;
+        let engine = match (&checkpoint, &config.model.path) {
+            (Some(checkpoint), _) => {
+                let mut engine = Engine::uninitialised(config.clone(), blocks)?;
+                engine.restore(checkpoint)?;
+                let position: DataPosition = serde_json::from_value(checkpoint.meta().data_position.clone())
+                    .map_err(|error| Error::Failed(format!("the checkpoint's data position is unreadable: {error}")))?;
+                batches.seek(&position)?;
+                engine
+            }
+            (None, Some(path)) => {
+                let weights = hf::Weights::open(path)?;
+                Engine::with_weights(config.clone(), blocks, |name, row, out| {
+                    Ok(weights.read_parameter(name, row, out)?)
+                })?
+            }
+            (None, None) => Engine::new(config.clone(), blocks)?,
+        };
+        let events = config
+            .telemetry
+            .tensorboard
+            .then(|| EventWriter::create(&output).map_err(|error| Error::io(&output, error)))
+            .transpose()?;
+        Ok(Session {
+            config,
+            model,
+            tokenizer,
+            batches,
+            engine,
+            history: Vec::new(),
+            events,
+            saving: None,
+            last_checkpoint: None,
+            run: RunTotals::default(),
+        })
+    }
+
+    /// Trains to `train.steps`, or until `stop` turns true; then saves and writes the report.
+    pub fn run(mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Summary, Error> {
+        let total = self.config.train.steps;
+        let mut interrupted = false;
+        while self.engine.current_step().0 < total {
+            if stop.load(Ordering::Relaxed) {
+                interrupted = true;
+                observer.message("stopping after this step: saving a checkpoint");
+                break;
+            }
+            self.step(observer)?;
+            let step = self.engine.current_step().0;
+            if self.config.checkpoint.every > 0 && step % self.config.checkpoint.every == 0 && step < total {
+                self.save()?;
+            }
+        }
+        self.save()?;
+        self.finish_saving()?;
+        let sample = self.sample()?;
+        let summary = self.summary(interrupted, sample)?;
+        Ok(summary)
+    }
+
+    fn step(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
+        let began = Instant::now();
+        let recorded = self.config.telemetry.trace_steps;
+        let left = self.config.train.steps - self.engine.current_step().0;
+        self.engine.runtime().timeline().set_enabled(left <= recorded);
+        let tokens = self.batches.next_batch();
+        let batch = to_batch(&tokens, self.config.train.micro_batches)?;
+        let report = self.engine.step(&batch)?;
+        if !report.loss.is_finite() {
+            return Err(Error::Failed(format!(
+                "the loss is {} in step {}: lower train.lr and resume from the last checkpoint",
+                report.loss, report.stats.step.0
+            )));
+        }
+        self.note(&report, began.elapsed().as_secs_f64(), tokens.input.len() as u64, observer)?;
+        self.reap_saving()
+    }
+
+    fn note(&mut self, report: &StepReport, seconds: f64, tokens: u64, observer: &mut dyn Observer) -> Result<(), Error> {
+        let tokens_per_second = tokens as f64 / seconds;
+        let device = report.stats.device;
+        // The first step records the trace and moves chunks on demand: not what the run is like.
+        if self.run.steps > 0 {
+            self.run.timed_tokens += tokens;
+            self.run.timed_seconds += seconds;
+            self.run.timed_stall += report.stats.stats.stall().as_secs_f64();
+        }
+        self.run.steps += 1;
+        self.history.push(StepPoint {
+            step: report.stats.step.0,
+            loss: report.loss,
+            tokens_per_second,
+            stall_ratio: report.stall_ratio(),
+            gradient_norm: Some(report.stats.gradient_norm),
+        });
+        let progress = Progress {
+            tokens_per_second,
+            device_used: Bytes(device.used.0 + report.stats.non_model_peak.0),
+            device_budget: self.config.memory.device,
+            host_used: report.stats.host.used,
+        };
+        self.write_scalars(report, &progress)?;
+        observer.step(report, &progress);
+        Ok(())
+    }
+
+    fn write_scalars(&mut self, report: &StepReport, progress: &Progress) -> Result<(), Error> {
+        let Some(events) = &mut self.events else { return Ok(()) };
+        let step = report.stats.step.0;
+        let scalars = [
+            ("train/loss", report.loss),
+            ("train/learning_rate", report.learning_rate),
+            ("train/gradient_norm", report.stats.gradient_norm),
+            ("speed/tokens_per_second", progress.tokens_per_second),
+            ("speed/stall_ratio", report.stall_ratio()),
+            ("memory/device_bytes", progress.device_used.0 as f64),
+            ("memory/host_bytes", progress.host_used.0 as f64),
+            ("chunks/moves", report.stats.stats.chunk_moves() as f64),
+        ];
+        let output = self.config.train.output.clone();
+        for (tag, value) in scalars {
+            events.scalar(step, tag, value as f32).map_err(|error| Error::io(&output, error))?;
+        }
+        if step % 10 == 0 {
+            events.flush().map_err(|error| Error::io(&output, error))?;
+        }
+        Ok(())
+    }
+
+    fn save(&mut self) -> Result<(), Error> {
+        self.finish_saving()?;
+        let root = checkpoints_dir(&self.config.train.output);
+        let meta = self.meta()?;
+        self.saving = Some(self.engine.save(&root, self.config.checkpoint.keep, meta)?);
+        Ok(())
+    }
+
+    fn reap_saving(&mut self) -> Result<(), Error> {
+        if self.saving.as_ref().is_some_and(Saving::is_finished) { self.finish_saving() } else { Ok(()) }
+    }
+
+    fn finish_saving(&mut self) -> Result<(), Error> {
+        if let Some(saving) = self.saving.take() {
+            self.last_checkpoint = Some(saving.finish()?);
+        }
+        Ok(())
+    }
+
+    fn meta(&self) -> Result<CheckpointMeta, Error> {
+        let json = |error: serde_json::Error| Error::Failed(format!("the checkpoint's description: {error}"));
+        Ok(CheckpointMeta {
+            step: self.engine.current_step(),
+            parameters: self.engine.plan().parameters,
+            config_toml: toml::to_string(&self.config)
+                .map_err(|error| Error::Failed(format!("the configuration cannot be written: {error}")))?,
+            data_position: serde_json::to_value(self.batches.position()).map_err(json)?,
+            rng_seed: self.config.train.seed,
+            precision: self.engine.precision(),
+            tokenizer: self.config.data.tokenizer.clone(),
+            model: serde_json::to_value(&self.model).map_err(json)?,
+            loss_history_tail: self.history.iter().rev().take(100).rev().map(|point| (point.step, point.loss)).collect(),
+        })
+    }
+
+    fn sample(&mut self) -> Result<Option<String>, Error> {
+        let count = self.config.train.sample_tokens;
+        if count == 0 {
+            return Ok(None);
+        }
+        let sampling = Sampling { temperature: 0.8, top_k: Some(40), seed: self.config.train.seed };
+        let prompt = self.config.train.sample_prompt.clone();
+        let context = self.model.context;
+        generate(&mut self.engine, &self.tokenizer, &prompt, count, context, sampling).map(Some)
+    }
+
+    fn summary(&mut self, interrupted: bool, sample: Option<String>) -> Result<Summary, Error> {
+        let stats = self.engine.runtime().stats();
+        let tail = (self.history.len() / 10).max(1);
+        let last: Vec<f64> = self.history.iter().rev().take(tail).map(|point| point.loss).collect();
+        let seconds = self.run.timed_seconds.max(1e-9);
+        let mut summary = Summary {
+            steps: self.engine.current_step().0,
+            loss_first: self.history.first().map_or(f64::NAN, |point| point.loss),
+            loss_last: last.iter().sum::<f64>() / last.len().max(1) as f64,
+            params: self.engine.plan().parameters,
+            device_budget_bytes: self.config.memory.device.0,
+            model_state_bytes: self.engine.plan().model_states.0,
+            device_peak_bytes: self.engine.runtime().device_peak().0,
+            chunk_moves: stats.chunk_moves(),
+            stall_ratio: self.run.timed_stall / seconds,
+            tokens_per_second: self.run.timed_tokens as f64 / seconds,
+            interrupted,
+            checkpoint: self.last_checkpoint.clone(),
+            sample,
+            files: Vec::new(),
+        };
+        if let Some(events) = &mut self.events {
+            events.flush().map_err(|error| Error::io(&self.config.train.output, error))?;
+            summary.files.push(("tensorboard".into(), self.config.train.output.clone()));
+        }
+        self.write_pages(&mut summary)?;
+        Ok(summary)
+    }
+
+    fn write_pages(&mut self, summary: &mut Summary) -> Result<(), Error> {
+        let (spans, snapshots) = self.engine.runtime().timeline().take();
+        let output = self.config.train.output.clone();
+        if self.config.telemetry.trace_steps > 0 {
+            let path = output.join("trace.json");
+            write_chrome_trace(&path, &spans, &snapshots).map_err(|error| Error::io(&path, error))?;
+            summary.files.push(("trace".into(), path));
+        }
+        if self.config.telemetry.report {
+            let path = output.join("report.html");
+            let layout = self.engine.runtime().layout();
+            let report = RunReport {
+                title: format!("patrickstar: {}", output.display()),
+                summary: summary_lines(summary, &self.engine),
+                steps: self.history.clone(),
+                device_budget: self.config.memory.device,
+                chunks: layout.chunks().iter().map(|info| ChunkLabel { kind: info.kind, group: info.group }).collect(),
+                snapshots,
+                spans,
+                sample: summary.sample.clone(),
+            };
+            write_report(&path, &report).map_err(|error| Error::io(&path, error))?;
+            summary.files.push(("report".into(), path));
+        }
+        Ok(())
+    }
+
+    /// The engine, for callers that look inside.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+}
+
+fn summary_lines(summary: &Summary, engine: &Engine) -> Vec<(String, String)> {
+    let host = engine.runtime().tier_use(Tier::Host);
+    [
+        ("steps", summary.steps.to_string()),
+        ("parameters", summary.params.to_string()),
+        ("loss", format!("{:.4} to {:.4}", summary.loss_first, summary.loss_last)),
+        ("model states", Bytes(summary.model_state_bytes).to_string()),
+        ("device budget", Bytes(summary.device_budget_bytes).to_string()),
+        ("device peak", Bytes(summary.device_peak_bytes).to_string()),
+        ("host peak", host.peak.to_string()),
+        ("chunk", engine.plan().chunk.to_string()),
+        ("chunk moves", summary.chunk_moves.to_string()),
+        ("stall", format!("{:.2} %", 100.0 * summary.stall_ratio)),
+        ("tokens per second", format!("{:.0}", summary.tokens_per_second)),
+    ]
+    .into_iter()
+    .map(|(name, value)| (name.to_owned(), value))
+    .collect()
+}
+
+/// Where a run keeps its checkpoints.
+pub fn checkpoints_dir(output: &Path) -> PathBuf {
+    output.join("checkpoints")
+}
+
+fn find_checkpoint(root: &Path, start: &Start, observer: &mut dyn Observer) -> Result<Option<Checkpoint>, Error> {
+    match start {
+        Start::Fresh => Ok(None),
+        Start::At(path) => Ok(Some(open_or_latest(path, observer)?)),
+        Start::Latest => match checkpoint::latest(root) {
+            Ok((checkpoint, warnings)) => {
+                warnings.iter().for_each(|warning| observer.message(warning));
+                let Step(step) = checkpoint.meta().step;
+                observer.message(&format!("resuming after step {step}"));
+                Ok(Some(checkpoint))
+            }
+            Err(error) if error.is_not_found() => {
+                observer.message("no checkpoint yet: starting from step 0");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        },
+    }
+}
+
+/// A checkpoint's own directory, or the newest in a directory of checkpoints or of a run.
+pub fn open_or_latest(path: &Path, observer: &mut dyn Observer) -> Result<Checkpoint, Error> {
+    if path.join("manifest.json").is_file() {
+        return Ok(checkpoint::open(path)?);
+    }
+    let nested = checkpoints_dir(path);
+    let root = if nested.is_dir() { nested } else { path.to_owned() };
+    let (checkpoint, warnings) = checkpoint::latest(&root)?;
+    warnings.iter().for_each(|warning| observer.message(warning));
+    Ok(checkpoint)
+}

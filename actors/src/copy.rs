@@ -26,7 +26,10 @@ impl CopyStream {
 
     /// Executes one move; moves that another incarnation finished are passed over.
     pub fn run(&mut self, id: MoveId) -> Result<(), RuntimeError> {
-        let Some(claimed) = self.claim(id) else { return Ok(()) };
+        let Some(claimed) = self.claim(id) else {
+            self.shared.ring(); // a place in the queue became free
+            return Ok(());
+        };
         let start = self.shared.timeline.now();
         self.copy(&claimed)?;
         self.shared.health.fault_point(self.name);

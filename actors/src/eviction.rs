@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::error::RuntimeError;
+use crate::health::ActorName;
 use crate::schedule::{Candidate, Policy, choose_victim, plan_prefetch};
 use crate::shared::{EvictionPolicy, Plan, Shared};
 use crate::stats::Reason;
@@ -61,6 +62,8 @@ impl Eviction {
                 .map(|(&id, planned)| (id, planned.to.0, planned.from.map(|(tier, _)| tier)))
                 .collect()
         };
+        // Planned and not yet told to any stream: where a death would hurt most.
+        self.shared.health.fault_point(ActorName::Eviction);
         // Budgets and drops may have freed a waiter.
         self.shared.changed.notify_all();
         for (id, to, from) in planned {
@@ -69,13 +72,25 @@ impl Eviction {
                 (_, Tier::Host) => &self.streams.device_to_host,
                 (_, Tier::Device) => &self.streams.host_to_device,
             };
-            // A move that was handed over twice is harmless (streams claim moves in the table), one that does not fit the
-            // queue stays planned and is handed over when the stream's next completion rings.
-            if let Err(flume::TrySendError::Disconnected(_)) = queue.try_send(id) {
-                return Err(RuntimeError::Stopped("a copy stream is gone".into()));
+            // What does not fit the queue stays planned: the stream rings after every message. A move that is handed over
+            // twice, because its planner died before it noted the first time, is harmless: streams claim moves.
+            match queue.try_send(id) {
+                Ok(()) => self.note_sent(id),
+                Err(flume::TrySendError::Full(_)) => {}
+                Err(flume::TrySendError::Disconnected(_)) => {
+                    return Err(RuntimeError::Stopped("a copy stream is gone".into()));
+                }
             }
         }
         Ok(())
+    }
+
+    fn note_sent(&self, id: MoveId) {
+        if let Some(planned) = self.shared.lock().moves.get_mut(&id)
+            && planned.status == MoveStatus::Planned
+        {
+            planned.status = MoveStatus::Sent;
+        }
     }
 }
 

@@ -63,8 +63,10 @@ pub(crate) struct MoveId(pub u64);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MoveStatus {
-    /// In the table, perhaps not yet told to a stream.
+    /// In the table, not yet told to a stream.
     Planned,
+    /// In a stream's queue.
+    Sent,
     /// A stream works on it.
     Claimed,
 }

@@ -190,10 +190,7 @@ impl Planner<'_> {
     /// Nothing moves, nobody holds a lease that could end, and still no slot: it will never fit.
     fn check_progress(&self, request: &Request, short: u32) -> Result<(), RuntimeError> {
         let leased = self.table.entries.iter().any(|entry| entry.leases.iter().any(|&leases| leases > 0));
-        let placeable = request
-            .chunks
-            .iter()
-            .any(|&(chunk, _)| self.table.entry(chunk).moving.is_some());
+        let placeable = request.chunks.iter().any(|&(chunk, _)| self.table.entry(chunk).moving.is_some());
         if leased || placeable || !self.table.moves.is_empty() {
             return Ok(());
         }
@@ -206,11 +203,12 @@ impl Planner<'_> {
             return Ok(());
         }
         // The tier that is full may be the one below, into which nothing can be evicted.
-        let tier = if self.table.room(request.tier) == 0 && request.tier == Tier::Device && self.table.room(Tier::Host) == 0 {
-            Tier::Host
-        } else {
-            request.tier
-        };
+        let tier =
+            if self.table.room(request.tier) == 0 && request.tier == Tier::Device && self.table.room(Tier::Host) == 0 {
+                Tier::Host
+            } else {
+                request.tier
+            };
         Err(RuntimeError::OutOfSlots {
             tier,
             need: missing.max(short.min(missing)),
@@ -408,9 +406,8 @@ impl Planner<'_> {
 /// In the host tier a copy that the device also has costs nothing to drop; otherwise the state that the compute thread
 /// needs last (optimizer states it never needs) goes to disk, least recently used first.
 fn host_victim(candidates: &[Candidate], trace: Option<&crate::schedule::Trace>, now: Moment) -> Option<ChunkId> {
-    let distance = |chunk: ChunkId| {
-        trace.and_then(|trace| trace.distance_to_next_use(chunk, now, false)).unwrap_or(u32::MAX)
-    };
+    let distance =
+        |chunk: ChunkId| trace.and_then(|trace| trace.distance_to_next_use(chunk, now, false)).unwrap_or(u32::MAX);
     candidates
         .iter()
         .max_by_key(|candidate| (candidate.clean, distance(candidate.chunk), std::cmp::Reverse(candidate.last_use)))

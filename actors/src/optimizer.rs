@@ -46,7 +46,9 @@ impl Optimizer {
         let start = self.shared.timeline.now();
         let pieces = pieces_of(&self.shared, message.group);
         self.step(&states, &pieces, message)?;
-        self.shared.timeline.span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
+        self.shared
+            .timeline
+            .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
         let parameters: u64 = pieces.iter().map(|piece| piece.len as u64).sum();
         states.lease.release(Pass::Other)?;
         self.finish(message.group, tier, parameters)

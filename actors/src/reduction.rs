@@ -80,13 +80,7 @@ impl Reduction {
     fn measure(&self, group: GroupId) -> Result<Vec<Vec<f64>>, RuntimeError> {
         let lease = self.lease_where_it_is(group)?;
         let start = self.shared.timeline.now();
-        let sums = self
-            .shared
-            .layout
-            .group_tiles(group)
-            .iter()
-            .map(|tile| self.row_sums(&lease, tile))
-            .collect();
+        let sums = self.shared.layout.group_tiles(group).iter().map(|tile| self.row_sums(&lease, tile)).collect();
         self.shared.timeline.span(Track::Reduction, start, None, Bytes(0), || format!("reduce {group}"));
         lease.release(Pass::Backward)?;
         Ok(sums)

@@ -172,7 +172,17 @@ impl Runtime {
         }
         let step = StepState { step: Step(0), lr: 0.0, moment: 0, began: Instant::now(), before: Stats::default() };
         let device = config.device;
-        Ok(Runtime { system, shared, probe, non_model, gradient_uses, step, recorder: None, device, device_peak: Bytes(0) })
+        Ok(Runtime {
+            system,
+            shared,
+            probe,
+            non_model,
+            gradient_uses,
+            step,
+            recorder: None,
+            device,
+            device_peak: Bytes(0),
+        })
     }
 
     /// Where tensors lie.
@@ -221,7 +231,11 @@ impl Runtime {
     }
 
     /// Leases `chunks` on the device for the compute thread: the next moment of the step.
-    pub fn access(&mut self, label: impl Fn() -> String, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
+    pub fn access(
+        &mut self,
+        label: impl Fn() -> String,
+        chunks: Vec<(ChunkId, Access)>,
+    ) -> Result<Lease, RuntimeError> {
         self.enter_moment(&label, &chunks);
         self.shared.lease(Requester::Compute, Tier::Device, chunks)
     }
@@ -340,11 +354,7 @@ impl Runtime {
 
     fn open_ledger(&self) {
         let groups = self.shared.layout.group_count();
-        *self.shared.ledger() = StepLedger {
-            partials: vec![None; groups],
-            norm: None,
-            finished: false,
-        };
+        *self.shared.ledger() = StepLedger { partials: vec![None; groups], norm: None, finished: false };
     }
 
     /// Waits until every gradient of the step has been measured and every group handed to the optimizer.

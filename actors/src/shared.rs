@@ -154,10 +154,8 @@ impl Shared {
                 self.ring();
             }
             last_cause = Some(cause);
-            let (guard, _) = self
-                .changed
-                .wait_timeout(table, Duration::from_millis(100))
-                .unwrap_or_else(PoisonError::into_inner);
+            let (guard, _) =
+                self.changed.wait_timeout(table, Duration::from_millis(100)).unwrap_or_else(PoisonError::into_inner);
             table = guard;
         };
         drop(table);

@@ -4,8 +4,8 @@
 //! wait while an actor is being restored are not lost. The message in hand is kept beside the actor until it is done, so a
 //! successor starts with it. Workers are written so that repeating a message is harmless.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use actix::prelude::*;

@@ -252,7 +252,9 @@ impl Table {
         reason: Reason,
     ) -> Result<MoveId, RuntimeError> {
         let source = match from {
-            Some(tier) => Some((tier, self.entry(chunk).place[tier.index()].valid().ok_or(RuntimeError::NoPayload(chunk))?)),
+            Some(tier) => {
+                Some((tier, self.entry(chunk).place[tier.index()].valid().ok_or(RuntimeError::NoPayload(chunk))?))
+            }
             None => {
                 self.apply(chunk, ChunkEvent::Allocate)?;
                 None
@@ -265,7 +267,8 @@ impl Table {
         entry.place[to.index()] = Place::Filling(slot);
         entry.moving = Some(id);
         entry.prefetched = reason == Reason::Prefetch && to == Tier::Device;
-        self.moves.insert(id, Move { chunk, from: source, to: (to, slot), drop_source, reason, status: MoveStatus::Planned });
+        self.moves
+            .insert(id, Move { chunk, from: source, to: (to, slot), drop_source, reason, status: MoveStatus::Planned });
         Ok(id)
     }
 

@@ -138,7 +138,8 @@ impl Model {
                 for tile in layout.tiles(tensor) {
                     let elements = tile.rows * 64;
                     let weight = lease.address_of(layout.group_chunks(tile.group, Kind::Weight)[0]).expect("leased");
-                    let gradient = lease.address_of(layout.group_chunks(tile.group, Kind::Gradient)[0]).expect("leased");
+                    let gradient =
+                        lease.address_of(layout.group_chunks(tile.group, Kind::Gradient)[0]).expect("leased");
                     accumulate(self.precision, weight, gradient, tile.offset, elements, block);
                 }
             }
@@ -226,7 +227,8 @@ fn states_are_the_same_bits_whatever_the_budget_policy_and_side() {
                     for (device_slots, prefetch) in [(9, 0), (10, 3), (24, 8)] {
                         let resident = Case::resident(precision, clip_norm);
                         let case = Case { device_slots, policy, prefetch, placement, ..resident };
-                        let what = format!("{precision:?} clip {clip_norm} {placement:?} {policy:?} {device_slots} slots");
+                        let what =
+                            format!("{precision:?} clip {clip_norm} {placement:?} {policy:?} {device_slots} slots");
                         assert!(train(&case) == reference, "{what}");
                     }
                 }

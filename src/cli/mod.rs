@@ -1,1 +1,79 @@
-//! The command line.
+//! The command line: one file a subcommand, printing only through [`output`].
+
+pub mod args;
+mod bench;
+mod completions;
+mod config;
+mod doctor;
+mod error;
+mod generate;
+pub mod output;
+mod plan;
+mod train;
+
+pub use args::{Cli, Command};
+pub use error::{CliError, DOES_NOT_FIT, ERROR};
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+/// Parses the arguments of this process, runs the command and reports what went wrong.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match logging(&cli).and_then(|()| run(cli.command)) {
+        Ok(code) => code,
+        Err(error) => {
+            output::error(&error);
+            error.exit_code()
+        }
+    }
+}
+
+/// Runs one command.
+pub fn run(command: Command) -> Result<ExitCode, CliError> {
+    match command {
+        Command::Train(args) => train::run(args),
+        Command::Plan(args) => plan::run(args),
+        Command::Bench(args) => bench::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Config(args) => config::run(args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Completions(args) => completions::run(&args),
+    }
+}
+
+fn logging(cli: &Cli) -> Result<(), CliError> {
+    let filter = EnvFilter::try_new(&cli.log_level).map_err(|source| CliError::Failed {
+        doing: format!("`--log-level {}` is not a level or a filter", cli.log_level),
+        source: source.into(),
+    })?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    // An embedding test may have set a subscriber already; the first one stays.
+    let _already_set = match cli.log_format {
+        args::LogFormat::Pretty => builder.try_init(),
+        args::LogFormat::Json => builder.json().try_init(),
+    };
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        for line in [
+            "config show a.toml --origin --set train.steps=2 --json",
+            "config schema",
+            "config validate",
+            "doctor --json",
+            "completions bash",
+        ] {
+            Cli::try_parse_from(["patrickstar"].into_iter().chain(line.split(' '))).unwrap();
+        }
+    }
+}

@@ -83,8 +83,8 @@ struct Layers {
 
 impl Layers {
     fn file(&mut self, path: &Path) -> Result<(), ConfigError> {
-        let text = std::fs::read_to_string(path)
-            .map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        let text =
+            std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
         let spanned = DeTable::parse(&text).map_err(|error| {
             let line = error.span().map_or(1, |span| line_of(&text, span.start));
             let message = error.message().replace('\n', ", ");
@@ -140,8 +140,14 @@ impl Layers {
         if let Err(reason) = Config::deserialize_table(alone.clone()) {
             let found = format!("{} {value}", value.type_str());
             // A bad size explains itself better than its type does.
-            let expected = if reason.contains("is not a size") { format!("{}: {reason}", info.kind) } else { info.kind.clone() };
-            return Err(ConfigError::Type { key: key.to_owned(), origin, found: one_line(&found), expected: one_line(&expected) });
+            let expected =
+                if reason.contains("is not a size") { format!("{}: {reason}", info.kind) } else { info.kind.clone() };
+            return Err(ConfigError::Type {
+                key: key.to_owned(),
+                origin,
+                found: one_line(&found),
+                expected: one_line(&expected),
+            });
         }
         merge(&mut self.table, alone);
         self.origins.0.insert(key.to_owned(), origin);

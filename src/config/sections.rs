@@ -76,13 +76,7 @@ pub struct Memory {
 
 impl Default for Memory {
     fn default() -> Self {
-        Memory {
-            device: Bytes(8_000_000_000),
-            host: Size::Auto,
-            disk: Bytes(0),
-            disk_path: None,
-            chunk: Size::Auto,
-        }
+        Memory { device: Bytes(8_000_000_000), host: Size::Auto, disk: Bytes(0), disk_path: None, chunk: Size::Auto }
     }
 }
 
@@ -170,11 +164,7 @@ pub struct Data {
 
 impl Default for Data {
     fn default() -> Self {
-        Data {
-            path: ".".into(),
-            tokenizer: "bytes".into(),
-            shuffle: true,
-        }
+        Data { path: ".".into(), tokenizer: "bytes".into(), shuffle: true }
     }
 }
 
@@ -190,10 +180,7 @@ pub struct Checkpoint {
 
 impl Default for Checkpoint {
     fn default() -> Self {
-        Checkpoint {
-            every: 0,
-            keep: 2,
-        }
+        Checkpoint { every: 0, keep: 2 }
     }
 }
 
@@ -211,11 +198,7 @@ pub struct Telemetry {
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Telemetry {
-            tensorboard: true,
-            trace_steps: 0,
-            report: true,
-        }
+        Telemetry { tensorboard: true, trace_steps: 0, report: true }
     }
 }
 
@@ -231,10 +214,7 @@ pub struct Eviction {
 
 impl Default for Eviction {
     fn default() -> Self {
-        Eviction {
-            policy: Policy::Opt,
-            prefetch: 16,
-        }
+        Eviction { policy: Policy::Opt, prefetch: 16 }
     }
 }
 
@@ -250,10 +230,7 @@ pub struct Optimizer {
 
 impl Default for Optimizer {
     fn default() -> Self {
-        Optimizer {
-            placement: Placement::Hybrid,
-            threads: 0,
-        }
+        Optimizer { placement: Placement::Hybrid, threads: 0 }
     }
 }
 
@@ -267,9 +244,7 @@ pub struct Copy {
 
 impl Default for Copy {
     fn default() -> Self {
-        Copy {
-            mailbox: 256,
-        }
+        Copy { mailbox: 256 }
     }
 }
 
@@ -285,10 +260,7 @@ pub struct Monitor {
 
 impl Default for Monitor {
     fn default() -> Self {
-        Monitor {
-            interval_ms: 100,
-            headroom: 0.02,
-        }
+        Monitor { interval_ms: 100, headroom: 0.02 }
     }
 }
 
@@ -302,9 +274,7 @@ pub struct Reduction {
 
 impl Default for Reduction {
     fn default() -> Self {
-        Reduction {
-            mailbox: 256,
-        }
+        Reduction { mailbox: 256 }
     }
 }
 

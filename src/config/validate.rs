@@ -20,7 +20,11 @@ impl Config {
 
     fn check_model(&self, problems: &mut Vec<String>) {
         let model = &self.model;
-        let mut check = |ok: bool, message: String| if !ok { problems.push(message) };
+        let mut check = |ok: bool, message: String| {
+            if !ok {
+                problems.push(message)
+            }
+        };
         let known = model.preset == "gpt2" || SHAPES.contains(&model.preset.as_str());
         check(known, format!("`model.preset` is {:?}: choose gpt2 or one of {}", model.preset, SHAPES.join(", ")));
         for (key, value) in [("hidden", model.hidden), ("layers", model.layers), ("heads", model.heads)] {
@@ -44,7 +48,11 @@ impl Config {
 
     fn check_memory(&self, problems: &mut Vec<String>) {
         let memory = &self.memory;
-        let mut check = |ok: bool, message: &str| if !ok { problems.push(message.to_owned()) };
+        let mut check = |ok: bool, message: &str| {
+            if !ok {
+                problems.push(message.to_owned())
+            }
+        };
         check(memory.device > Bytes(0), "`memory.device` is 0: give the device a budget such as \"8GB\"");
         check(memory.host.bytes() != Some(Bytes(0)), "`memory.host` is 0: give the host a budget, or \"auto\"");
         check(
@@ -62,7 +70,11 @@ impl Config {
 
     fn check_train(&self, problems: &mut Vec<String>) {
         let train = &self.train;
-        let mut check = |ok: bool, message: String| if !ok { problems.push(message) };
+        let mut check = |ok: bool, message: String| {
+            if !ok {
+                problems.push(message)
+            }
+        };
         let counts = [
             ("steps", train.steps),
             ("batch", train.batch as u64),
@@ -116,7 +128,11 @@ impl Config {
 
     fn check_rest(&self, problems: &mut Vec<String>) {
         let actors = &self.actors;
-        let mut check = |ok: bool, message: &str| if !ok { problems.push(message.to_owned()) };
+        let mut check = |ok: bool, message: &str| {
+            if !ok {
+                problems.push(message.to_owned())
+            }
+        };
         check(!self.data.path.as_os_str().is_empty(), "`data.path` is empty: name a file or directory of text");
         check(!self.data.tokenizer.is_empty(), "`data.tokenizer` is empty: use \"bytes\" or a tokenizer.json");
         check(self.checkpoint.keep > 0, "`checkpoint.keep` is 0: keep at least 1");

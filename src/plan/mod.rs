@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use patrickstar_actors::EvictionPolicy;
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
-use patrickstar_actors::memory::available_host_memory;
+use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::runtime::{Placement, RuntimeConfig};
-use patrickstar_actors::schedule::{Policy, SimulationOptions, Trace, TraceRecorder, simulate};
+use patrickstar_actors::schedule::{Policy, Setup, Trace, TraceRecorder, simulate};
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
 use serde::Serialize;
 
@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::model::gpt2;
 use crate::train::program::Program;
 
+mod text;
 mod verdict;
 
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
@@ -140,7 +141,8 @@ impl Plan {
         let chunk = self.chunk.0;
         let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
         let groups = self.layout.group_count() as u32;
-        let persistent: u32 = self.layout.precision().persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum();
+        let persistent: u32 =
+            self.layout.precision().persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum();
         let device = slots(config.memory.device.0.saturating_sub(non_model.0)).min(self.chunks);
         self.device_groups = match config.actors.optimizer.placement {
             config::Placement::Device => groups,
@@ -154,7 +156,10 @@ impl Plan {
         // Staging for a chunk on its way out while another is on its way in.
         let spare = 2;
         let wanted = persistent * groups + gradients + spare;
-        let available = available_host_memory().map_or(u64::MAX, |bytes| bytes.0 / 10 * 9);
+        let available = match available_host_memory() {
+            Available::Known(bytes) => bytes.0 / 10 * 9,
+            Available::Unknown => u64::MAX,
+        };
         let host_capacity = match config.memory.host {
             Size::Bytes(bytes) => bytes.0,
             Size::Auto => available.min(u64::from(wanted) * chunk),
@@ -162,8 +167,6 @@ impl Plan {
         let host = slots(host_capacity).min(wanted);
         let disk = slots(config.memory.disk.0).min(wanted);
         self.slots = Slots { host, disk };
-        let states = program.chunks_of(&self.layout, 0, Kind::Weight);
-        debug_assert!(!states.is_empty());
         self.verify(config, wanted, persistent, device, host, disk);
         self.predict(config, program, non_model, device, host.min(wanted));
     }
@@ -172,18 +175,19 @@ impl Plan {
         let trace = synthetic_trace(program, &self.layout);
         let layout = &self.layout;
         let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
-        let options = SimulationOptions {
+        let setup = Setup {
             policy: runtime_policy(config.actors.eviction.policy),
-            budget: device as usize,
-            prefetch: config.actors.eviction.prefetch as u32,
+            slots: device as usize,
+            prefetch_depth: config.actors.eviction.prefetch as u32,
             steps: 2,
+            writes: &writes,
         };
         let groups = layout.group_count() as u64;
-        if let Ok(report) = simulate(&trace, options, &writes) {
-            let fetched_weights = (report.fetches as u64 / 2).saturating_sub(groups);
+        if let Ok(report) = simulate(&trace, &setup) {
+            let fetched_weights = (report.fetches / 2).saturating_sub(groups);
             self.host_to_device = Bytes(fetched_weights * self.chunk.0);
             self.device_to_host = Bytes((groups - u64::from(self.device_groups).min(groups)) * self.chunk.0);
-            let peak = Bytes((report.peak as u64).min(u64::from(device)) * self.chunk.0);
+            let peak = Bytes((report.peak_slots as u64).min(u64::from(device)) * self.chunk.0);
             self.tiers.push(TierPlan {
                 tier: Tier::Device,
                 capacity: config.memory.device,
@@ -194,8 +198,13 @@ impl Plan {
             });
         }
         let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
-        let kinds: Vec<(Kind, Bytes)> =
-            layout.precision().persistent_kinds().iter().map(|&kind| per_kind(kind)).chain([per_kind(Kind::Gradient)]).collect();
+        let kinds: Vec<(Kind, Bytes)> = layout
+            .precision()
+            .persistent_kinds()
+            .iter()
+            .map(|&kind| per_kind(kind))
+            .chain([per_kind(Kind::Gradient)])
+            .collect();
         let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
         let host_bytes = Bytes(u64::from(host) * self.chunk.0);
         self.tiers.push(TierPlan {
@@ -263,7 +272,7 @@ impl Plan {
                 beta2: train.beta2,
                 eps: train.eps,
                 weight_decay: train.weight_decay,
-                decoupled: train.optimizer == OptimizerKind::Adamw,
+                decoupled: train.optimizer == OptimizerKind::AdamW,
             },
             clip_norm: train.clip_norm,
             mailbox: config.actors.copy.mailbox.min(config.actors.reduction.mailbox),

@@ -1,1 +1,6 @@
-//! To be written.
+//! What a run records about itself: TensorBoard events, a trace, a report page, memory counters.
+
+pub mod alloc;
+pub mod report;
+pub mod tensorboard;
+pub mod trace;

@@ -186,10 +186,10 @@ impl Engine {
                 let mut context = self.context(batch, step, block, micro);
                 // Token ids cannot carry a graph: a tracked scalar stands in for them.
                 let (input, leaf) = if input.dtype().is_float() {
-                    let leaf = into_leaf(input)?;
+                    let leaf = into_leaf(&input)?;
                     (leaf.clone(), leaf)
                 } else {
-                    let anchor = into_leaf(Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?)?;
+                    let anchor = into_leaf(&Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?)?;
                     context.anchor = Some(anchor.clone());
                     (input, anchor)
                 };
@@ -242,9 +242,9 @@ impl Engine {
     }
 
     fn compute_span(&self, start: std::time::Duration, pass: &str, block: usize) {
-        self.runtime.timeline().span(Track::Compute, start, None, Bytes(0), || {
-            format!("{pass} {}", self.blocks[block].name())
-        });
+        self.runtime
+            .timeline()
+            .span(Track::Compute, start, None, Bytes(0), || format!("{pass} {}", self.blocks[block].name()));
     }
 
     fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Leased, Error> {

@@ -117,13 +117,8 @@ impl Session {
         std::fs::create_dir_all(&output).map_err(|error| Error::io(&output, error))?;
         let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
         let corpus = Arc::new(Corpus::open(&config.data.path, &tokenizer)?);
-        let mut batches = Batches::new(
-            corpus,
-            config.train.seq_len,
-            config.train.batch,
-            config.train.seed,
-            config.data.shuffle,
-        )?;
+        let mut batches =
+            Batches::new(corpus, config.train.seq_len, config.train.batch, config.train.seed, config.data.shuffle)?;
         let (model, blocks) = build(&mut config, &tokenizer)?;
         let checkpoint = find_checkpoint(&checkpoints_dir(&output), start, observer)?;
         let engine = match (&checkpoint, &config.model.path) {
@@ -203,7 +198,13 @@ impl Session {
         self.reap_saving()
     }
 
-    fn note(&mut self, report: &StepReport, seconds: f64, tokens: u64, observer: &mut dyn Observer) -> Result<(), Error> {
+    fn note(
+        &mut self,
+        report: &StepReport,
+        seconds: f64,
+        tokens: u64,
+        observer: &mut dyn Observer,
+    ) -> Result<(), Error> {
         let tokens_per_second = tokens as f64 / seconds;
         let device = report.stats.device;
         // The first step records the trace and moves chunks on demand: not what the run is like.
@@ -285,7 +286,14 @@ impl Session {
             precision: self.engine.precision(),
             tokenizer: self.config.data.tokenizer.clone(),
             model: serde_json::to_value(&self.model).map_err(json)?,
-            loss_history_tail: self.history.iter().rev().take(100).rev().map(|point| (point.step, point.loss)).collect(),
+            loss_history_tail: self
+                .history
+                .iter()
+                .rev()
+                .take(100)
+                .rev()
+                .map(|point| (point.step, point.loss))
+                .collect(),
         })
     }
 

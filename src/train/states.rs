@@ -64,8 +64,7 @@ fn encode(kind: Kind, precision: Precision, values: &[f32], bytes: &mut [u8]) {
 /// Reads one parameter's `kind` in fp32: the whole weight (both halves) for `Kind::Weight`.
 pub(crate) fn read_parameter(runtime: &Runtime, name: &str, kind: Kind) -> Result<Vec<f32>, Error> {
     let layout = runtime.layout();
-    let tensor =
-        layout.tensor_id(name).ok_or_else(|| Error::Model(format!("the model has no parameter `{name}`")))?;
+    let tensor = layout.tensor_id(name).ok_or_else(|| Error::Model(format!("the model has no parameter `{name}`")))?;
     let columns = layout.tensors()[tensor.0 as usize].columns;
     let mut out = Vec::new();
     for tile in layout.tiles(tensor) {
@@ -88,7 +87,8 @@ fn read_tile(runtime: &Runtime, tile: &Tile, columns: usize, kind: Kind, out: &m
                 let half = |slice: &[u8]| u16::from_ne_bytes([slice[2 * element], slice[2 * element + 1]]);
                 join(half(slices[0]), half(slices[1]))
             } else {
-                let (slice, inner) = if slices.len() > 1 { (slices[element / part], element % part) } else { (slices[0], element) };
+                let (slice, inner) =
+                    if slices.len() > 1 { (slices[element / part], element % part) } else { (slices[0], element) };
                 let at = 4 * inner;
                 f32::from_ne_bytes([slice[at], slice[at + 1], slice[at + 2], slice[at + 3]])
             });

@@ -97,7 +97,8 @@ pub fn choose_victim(
         Policy::Opt => allowed.max_by_key(|c| (next(c), c.clean, Reverse(c.chunk))).map(|c| c.chunk),
         Policy::Lru => least_recent(allowed),
         Policy::Static => {
-            let (kept, passing): (Vec<&Candidate>, Vec<&Candidate>) = allowed.partition(|c| static_set.contains(c.chunk));
+            let (kept, passing): (Vec<&Candidate>, Vec<&Candidate>) =
+                allowed.partition(|c| static_set.contains(c.chunk));
             let latest = || kept.iter().max_by_key(|c| (trace.first_use(c.chunk), Reverse(c.chunk)));
             passing.iter().min_by_key(|c| (c.arrived, c.chunk)).or_else(latest).map(|c| c.chunk)
         }

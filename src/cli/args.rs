@@ -1,0 +1,201 @@
+//! The arguments of every command.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Trains transformers larger than the device.
+#[derive(Debug, Parser)]
+#[command(name = "patrickstar", version)]
+pub struct Cli {
+    /// Least severe messages that are logged, or a filter such as patrickstar=debug.
+    #[arg(long, global = true, default_value = "warn", env = "PATRICKSTAR_LOG")]
+    pub log_level: String,
+    /// Form of the log on stderr.
+    #[arg(long, global = true, value_enum, default_value = "pretty")]
+    pub log_format: LogFormat,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Form of the log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The commands that [`super::run`] dispatches.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Train a model.
+    Train(TrainArgs),
+    /// Say whether a job fits, before anything is allocated; exit code 3 if not.
+    Plan(PlanArgs),
+    /// Measure, or compare with references.
+    Bench(BenchArgs),
+    /// Continue a text with a checkpoint.
+    Generate(GenerateArgs),
+    /// Show, describe or check the configuration.
+    Config(ConfigArgs),
+    /// Check this machine.
+    Doctor(DoctorArgs),
+    /// Print the completions of a shell.
+    Completions(CompletionsArgs),
+}
+
+/// A configuration file and changes to it.
+#[derive(Clone, Debug, Default, Args)]
+pub struct ConfigSource {
+    /// Configuration file (TOML).
+    pub config: Option<PathBuf>,
+    /// Change a key, such as train.steps=10; may be repeated.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+}
+
+/// Arguments of `config`.
+#[derive(Debug, Args)]
+pub struct ConfigArgs {
+    /// What to do with it.
+    #[command(subcommand)]
+    pub action: ConfigAction,
+}
+
+/// The actions of `config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigAction {
+    /// Print every key with its value.
+    Show {
+        /// The configuration.
+        #[command(flatten)]
+        source: ConfigSource,
+        /// Print where each value came from.
+        #[arg(long)]
+        origin: bool,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the JSON schema.
+    Schema,
+    /// Check a configuration.
+    Validate {
+        /// The configuration.
+        #[command(flatten)]
+        source: ConfigSource,
+    },
+}
+
+/// Arguments of `train`.
+#[derive(Debug, Args)]
+pub struct TrainArgs {
+    /// The configuration.
+    #[command(flatten)]
+    pub source: ConfigSource,
+    /// Text to train on; the same as --set data.path=PATH.
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// Continue from a checkpoint: the newest of the run, or of this directory.
+    #[arg(long, value_name = "DIR", num_args = 0..=1)]
+    pub resume: Option<Option<PathBuf>>,
+    /// Print JSON lines.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `plan`.
+#[derive(Debug, Args)]
+pub struct PlanArgs {
+    /// The configuration.
+    #[command(flatten)]
+    pub source: ConfigSource,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchArgs {
+    /// What to measure.
+    #[command(subcommand)]
+    pub what: BenchCommand,
+    /// Print one JSON object.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// The measurements of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Throughput of the optimizer.
+    Adam,
+    /// Bandwidth between tiers.
+    Copy,
+    /// Time of a training step.
+    Step {
+        /// Shape of the model, such as tiny or 1b; without it the quick start's model.
+        #[arg(long)]
+        shape: Option<String>,
+        /// Sequences a step.
+        #[arg(long)]
+        batch: Option<usize>,
+        /// Steps to time, after one of warm-up.
+        #[arg(long, default_value_t = 10)]
+        steps: u64,
+        /// Change a key; may be repeated.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// Compare with the resident run, bit for bit.
+    Parity,
+    /// Compare with recorded results.
+    Golden {
+        /// Directory of the results.
+        dir: PathBuf,
+    },
+}
+
+/// Arguments of `generate`.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    /// Checkpoint to load.
+    pub checkpoint: PathBuf,
+    /// Text to continue.
+    #[arg(long, default_value = "")]
+    pub prompt: String,
+    /// Tokens to generate.
+    #[arg(long, default_value_t = 100)]
+    pub tokens: usize,
+    /// Randomness; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temperature: f64,
+    /// Choose among the likeliest K only.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Seed of the choices.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `completions`.
+#[derive(Debug, Args)]
+pub struct CompletionsArgs {
+    /// The shell.
+    pub shell: clap_complete::Shell,
+}

@@ -1,0 +1,29 @@
+//! `patrickstar bench`: each measurement beside its limit, in one run.
+
+mod golden;
+mod memory;
+mod parity;
+mod step;
+
+use std::process::ExitCode;
+
+use serde_json::Value;
+
+use super::args::{BenchArgs, BenchCommand};
+use super::{CliError, output};
+
+pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
+    let (value, pass) = match args.what {
+        BenchCommand::Adam => (memory::adam()?, true),
+        BenchCommand::Copy => (memory::copy()?, true),
+        BenchCommand::Step { shape, batch, steps, set } => (step::run(shape, batch, steps, set)?, true),
+        BenchCommand::Parity => parity::run()?,
+        BenchCommand::Golden { dir } => golden::run(&dir)?,
+    };
+    if args.json {
+        output::json(&value)?;
+    } else if let Value::Object(fields) = &value {
+        fields.iter().try_for_each(|(name, value)| output::line(&format!("{name:24} {value}")))?;
+    }
+    Ok(if pass { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,209 @@
+//! `bench parity`: the same bits wherever a chunk lives.
+
+use patrickstar_actors::health::ActorName;
+use patrickstar_actors::types::{Bytes, Precision, Step};
+use serde_json::{Value, json};
+
+use crate::Error;
+use crate::checkpoint::{self, CheckpointMeta};
+use crate::config::{Config, Placement, Policy, Schedule, Size};
+use crate::data::{TokenBatch, Tokenizer};
+use crate::model::rng;
+use crate::train::model::{build, to_batch};
+use crate::train::{Batch, Engine};
+
+const STEPS: u64 = 6;
+const CHUNK: u64 = 80 << 10;
+
+/// Losses of all steps and the final weights of all parameters.
+#[derive(PartialEq)]
+struct Outcome {
+    losses: Vec<f64>,
+    weights: Vec<f32>,
+}
+
+struct Variant {
+    name: String,
+    config: Config,
+    kill: Option<ActorName>,
+    resume_after: Option<u64>,
+}
+
+fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
+    let mut config = Config::default();
+    config.model.hidden = 48;
+    config.model.layers = 4;
+    config.model.heads = 4;
+    config.model.context = 24;
+    config.model.vocab = Some(600);
+    config.model.dropout = 0.1;
+    config.model.tied = true;
+    config.model.precision = precision;
+    config.memory.device = Bytes(1 << 30);
+    config.memory.chunk = Size::Bytes(Bytes(CHUNK));
+    config.train.steps = STEPS;
+    config.train.batch = 4;
+    config.train.micro_batches = micro_batches;
+    config.train.seq_len = 24;
+    config.train.lr = 3e-3;
+    config.train.schedule = Schedule::Cosine;
+    config.train.warmup_steps = 2;
+    config.train.clip_norm = clip_norm;
+    config.actors.optimizer.placement = Placement::Host;
+    config
+}
+
+fn variants(base: &Config) -> Vec<Variant> {
+    let mut variants = Vec::new();
+    let mut add = |name: String, change: &dyn Fn(&mut Config)| {
+        let mut config = base.clone();
+        change(&mut config);
+        variants.push(Variant { name, config, kill: None, resume_after: None });
+    };
+    for budget in [2_000_000u64, 2_300_000, 2_700_000, 3_200_000, 4_000_000] {
+        add(format!("budget {budget}"), &|config| config.memory.device = Bytes(budget));
+    }
+    for chunk in [64u64 << 10, 100 << 10, 128 << 10, 256 << 10] {
+        add(format!("chunk {chunk}"), &|config| {
+            config.memory.chunk = Size::Bytes(Bytes(chunk));
+            config.memory.device = Bytes(4_000_000);
+        });
+    }
+    for policy in [Policy::Opt, Policy::Lru, Policy::Static] {
+        for prefetch in [0, 2, 16] {
+            add(format!("{policy} prefetch {prefetch}"), &|config| {
+                config.memory.device = Bytes(2_300_000);
+                config.actors.eviction.policy = policy;
+                config.actors.eviction.prefetch = prefetch;
+            });
+        }
+    }
+    for placement in [Placement::Device, Placement::Host, Placement::Hybrid] {
+        for budget in [2_300_000u64, 1 << 30] {
+            add(format!("{placement} stepping, device {budget}"), &|config| {
+                config.memory.device = Bytes(budget);
+                config.actors.optimizer.placement = placement;
+            });
+        }
+    }
+    variants
+}
+
+/// Every actor killed once, and an interrupted run.
+fn special(base: &Config) -> Vec<Variant> {
+    let small = |name: String, kill, resume_after| {
+        let mut config = base.clone();
+        config.memory.device = Bytes(2_300_000);
+        Variant { name, config, kill, resume_after }
+    };
+    let killed = ActorName::ALL
+        .into_iter()
+        .filter(|&actor| actor != ActorName::Disk)
+        .map(|actor| small(format!("{} killed", actor.name()), Some(actor), None));
+    killed.chain([small("resumed".into(), None, Some(3))]).collect()
+}
+
+fn data(config: &Config) -> Result<Vec<Batch>, Error> {
+    let tokens = config.train.batch * config.train.seq_len;
+    (0..STEPS)
+        .map(|step| {
+            let draw = |i: u64| ((rng::uniform(step + 1, i).powi(3) * 600.0) as u32).min(599);
+            let all: Vec<u32> = (0..=tokens as u64).map(draw).collect();
+            let batch = TokenBatch {
+                input: all[..tokens].to_vec(),
+                target: all[1..].to_vec(),
+                sequences: config.train.batch,
+                seq_len: config.train.seq_len,
+            };
+            to_batch(&batch, config.train.micro_batches)
+        })
+        .collect()
+}
+
+fn train(variant: &Variant) -> Result<Outcome, Error> {
+    let mut config = variant.config.clone();
+    let batches = data(&config)?;
+    let (_, blocks) = build(&mut config, &Tokenizer::Bytes)?;
+    let mut engine = Engine::new(config.clone(), blocks)?;
+    let mut losses = Vec::new();
+    for (index, batch) in batches.iter().enumerate() {
+        if let (Some(actor), 1) = (variant.kill, index) {
+            engine.runtime().plant_panic(actor);
+            if actor == ActorName::Monitor {
+                let device = Some(config.memory.device);
+                engine.runtime().retune(patrickstar_actors::Retune { device, ..Default::default() })?;
+            }
+        }
+        losses.push(engine.step(batch)?.loss);
+        if variant.resume_after == Some(index as u64 + 1) {
+            engine = resumed(&engine, &config)?;
+        }
+    }
+    engine.drain()?;
+    if let Some(actor) = variant.kill {
+        let restarts = engine.runtime().actors().iter().find(|s| s.actor == actor.name()).map_or(0, |s| s.restarts);
+        if restarts != 1 {
+            return Err(Error::Failed(format!("{} was restarted {restarts} times instead of once", actor.name())));
+        }
+    }
+    let mut weights = Vec::new();
+    for name in engine.parameter_names() {
+        weights.extend(engine.parameter(&name)?);
+    }
+    Ok(Outcome { losses, weights })
+}
+
+/// Saves, forgets, and loads into a new engine with another chunk size.
+fn resumed(engine: &Engine, config: &Config) -> Result<Engine, Error> {
+    let root = std::env::temp_dir().join(format!("patrickstar-parity-{}", std::process::id()));
+    let meta = CheckpointMeta {
+        step: Step(engine.current_step().0),
+        parameters: engine.plan().parameters,
+        config_toml: String::new(),
+        data_position: Value::Null,
+        rng_seed: config.train.seed,
+        precision: engine.precision(),
+        tokenizer: "bytes".into(),
+        model: Value::Null,
+        loss_history_tail: Vec::new(),
+    };
+    engine.save(&root, 1, meta)?.finish()?;
+    let mut config = config.clone();
+    config.memory.chunk = Size::Bytes(Bytes(96 << 10));
+    let (_, blocks) = build(&mut config, &Tokenizer::Bytes)?;
+    let mut engine = Engine::uninitialised(config, blocks)?;
+    engine.restore(&checkpoint::latest(&root)?.0)?;
+    std::fs::remove_dir_all(&root).map_err(|error| Error::io(&root, error))?;
+    Ok(engine)
+}
+
+/// Runs everything; the second value says whether all was identical.
+pub fn run() -> Result<(Value, bool), Error> {
+    let mut runs = 0;
+    let mut worst = 0f64;
+    let mut different = Vec::new();
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        for (clip_norm, micro_batches) in [(1.0, 1), (0.0, 4)] {
+            let base = base(precision, clip_norm, micro_batches);
+            let resident = Variant { name: "resident".into(), config: base.clone(), kill: None, resume_after: None };
+            let reference = train(&resident)?;
+            for variant in variants(&base).into_iter().chain(special(&base)) {
+                let what = format!("{precision:?}, clip {clip_norm}, {micro_batches} micro-batches, {}", variant.name);
+                let outcome = train(&variant).map_err(|error| Error::Failed(format!("{what}: {error}")))?;
+                runs += 1;
+                worst = worst.max(distance(&outcome, &reference));
+                if outcome != reference {
+                    different.push(what);
+                }
+            }
+        }
+    }
+    let identical = different.is_empty();
+    Ok((json!({"runs": runs, "identical": identical, "max_abs_diff": worst, "different": different}), identical))
+}
+
+fn distance(a: &Outcome, b: &Outcome) -> f64 {
+    let losses = a.losses.iter().zip(&b.losses).map(|(a, b)| (a - b).abs());
+    let weights = a.weights.iter().zip(&b.weights).map(|(a, b)| f64::from((a - b).abs()));
+    losses.chain(weights).fold(0.0, f64::max)
+}

@@ -1,0 +1,122 @@
+//! `bench step`: time of a training step, with the keys of the peer harness.
+
+use std::time::Instant;
+
+use patrickstar_actors::stats::{Direction, StallCause};
+use patrickstar_actors::types::Tier;
+use serde_json::{Value, json};
+
+use crate::Error;
+use crate::config::Sources;
+use crate::data::{TokenBatch, Tokenizer};
+use crate::model::gpt2::{self, model_flops};
+use crate::model::rng;
+use crate::train::Engine;
+use crate::train::model::{build, to_batch};
+
+/// The quick start's model and budget.
+const QUICKSTART: &str = include_str!("../../../config/quickstart.toml");
+
+pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec<String>) -> Result<Value, Error> {
+    let mut first = Vec::new();
+    match &shape {
+        Some(name) => {
+            let (_, _, _, seq) = gpt2::shape(name).ok_or_else(|| {
+                Error::Model(format!(
+                    "`{name}` is not a shape: use tiny, 1b, 2b, 4b, 6b, 8b, 10b, 13b, 15b, 18b or 20b"
+                ))
+            })?;
+            first.push(format!("model.preset={name}"));
+            first.push(format!("train.seq_len={seq}"));
+            first.push(format!("train.batch={}", batch.unwrap_or(8)));
+            first.push("train.clip_norm=0".to_owned());
+        }
+        None => first.extend(batch.map(|batch| format!("train.batch={batch}"))),
+    }
+    first.push(format!("train.steps={}", steps + 1));
+    first.append(&mut set);
+    let mut layers = if shape.is_none() { quickstart_keys()? } else { Vec::new() };
+    layers.append(&mut first);
+    let mut config = Sources::process(None, layers).load()?.config;
+    let (model, blocks) = build(&mut config, &Tokenizer::Bytes)?;
+    let train = config.train.clone();
+    let mut engine = Engine::new(config, blocks)?;
+    let tokens = train.batch * train.seq_len;
+    let data: Vec<u32> = (0..=tokens as u64)
+        .map(|i| ((rng::uniform(train.seed, i) * model.vocab as f64) as u32).min(model.vocab as u32 - 1))
+        .collect();
+    let data = TokenBatch {
+        input: data[..tokens].to_vec(),
+        target: data[1..].to_vec(),
+        sequences: train.batch,
+        seq_len: train.seq_len,
+    };
+    let batch = to_batch(&data, train.micro_batches)?;
+    let mut loss = vec![engine.step(&batch)?.loss];
+    let before = engine.runtime().stats();
+    let mut seconds = Vec::new();
+    for _ in 0..steps {
+        let began = Instant::now();
+        loss.push(engine.step(&batch)?.loss);
+        seconds.push(began.elapsed().as_secs_f64());
+    }
+    engine.drain()?;
+    let stats = engine.runtime().stats().since(&before);
+    let mut sorted = seconds.clone();
+    sorted.sort_by(f64::total_cmp);
+    let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
+    let total: f64 = seconds.iter().sum();
+    let stalls: serde_json::Map<String, Value> = StallCause::ALL
+        .into_iter()
+        .map(|cause| (cause.name().to_owned(), stats.stalls[cause as usize].as_secs_f64().into()))
+        .collect();
+    let gigabytes = |direction: Direction| stats.bytes[direction as usize] as f64 / 1e9 / steps as f64;
+    Ok(json!({
+        "params_b": engine.plan().parameters as f64 / 1e9,
+        "step_s": seconds,
+        "median_s": median,
+        "tflops": model_flops(&model, tokens as u64, train.seq_len as u64) / median / 1e12,
+        "tok_s": tokens as f64 / median,
+        "gpu_peak_gb": engine.runtime().device_peak().0 as f64 / 1e9,
+        "rss_peak_gb": peak_rss() / 1e9,
+        "loss": loss,
+        "stall_ratio": stats.stall().as_secs_f64() / total,
+        "stall_by_cause_s": stalls,
+        "h2d_gb": gigabytes(Direction::HostToDevice),
+        "d2h_gb": gigabytes(Direction::DeviceToHost),
+        "chunk_moves": stats.chunk_moves(),
+        "prefetch": {"useful": stats.prefetch_useful, "late": stats.prefetch_late, "wasted": stats.prefetch_wasted},
+        "device_budget_gb": engine.runtime().device().0 as f64 / 1e9,
+        "host_peak_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
+        "chunk_bytes": engine.plan().chunk,
+    }))
+}
+
+/// The quick start's file as `key=value` pairs, so that later ones may change it.
+fn quickstart_keys() -> Result<Vec<String>, Error> {
+    let table: toml::Table =
+        QUICKSTART.parse().map_err(|error| Error::Failed(format!("config/quickstart.toml: {error}")))?;
+    let mut pairs = Vec::new();
+    flatten("", &toml::Value::Table(table), &mut pairs);
+    Ok(pairs)
+}
+
+fn flatten(prefix: &str, value: &toml::Value, pairs: &mut Vec<String>) {
+    match value {
+        toml::Value::Table(table) => {
+            for (key, value) in table {
+                let name = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+                flatten(&name, value, pairs);
+            }
+        }
+        toml::Value::String(text) => pairs.push(format!("{prefix}={text}")),
+        other => pairs.push(format!("{prefix}={other}")),
+    }
+}
+
+/// Highest resident memory of this process, as the system counts it.
+fn peak_rss() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse::<f64>().ok()).map_or(f64::NAN, |kib| kib * 1024.0)
+}

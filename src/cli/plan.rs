@@ -1,0 +1,28 @@
+//! `patrickstar plan`.
+
+use std::process::ExitCode;
+
+use super::args::PlanArgs;
+use super::error::DOES_NOT_FIT;
+use super::{CliError, output};
+use crate::config::Sources;
+use crate::data::Tokenizer;
+use crate::plan::{Plan, non_model_estimate};
+use crate::train::model::build;
+use crate::train::program::Program;
+
+pub fn run(args: PlanArgs) -> Result<ExitCode, CliError> {
+    let mut config = Sources::process(args.source.config, args.source.set).load()?.config;
+    let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
+    let (_, blocks) = build(&mut config, &tokenizer)?;
+    let program = Program::new(&blocks)?;
+    let plan = Plan::new(&config, &program, non_model_estimate(&config))?;
+    if args.json {
+        let mut value = serde_json::to_value(&plan).map_err(std::io::Error::from)?;
+        value["fits"] = plan.fits().into();
+        output::json(&value)?;
+    } else {
+        plan.lines().iter().try_for_each(|line| output::line(line))?;
+    }
+    Ok(if plan.fits() { ExitCode::SUCCESS } else { ExitCode::from(DOES_NOT_FIT) })
+}

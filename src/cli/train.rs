@@ -1,0 +1,132 @@
+//! `patrickstar train`.
+
+use std::io::IsTerminal;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::args::TrainArgs;
+use super::{CliError, output};
+use crate::Error;
+use crate::config::Sources;
+use crate::train::engine::StepReport;
+use crate::train::session::{Observer, Progress, Session, Start};
+
+pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
+    let mut set = args.source.set.clone();
+    if let Some(data) = &args.data {
+        set.push(format!("data.path={}", data.display()));
+    }
+    let config = Sources::process(args.source.config.clone(), set).load()?.config;
+    let stop = stop_flag()?;
+    let start = match args.resume {
+        None => Start::Fresh,
+        Some(None) => Start::Latest,
+        Some(Some(path)) => Start::At(path),
+    };
+    let mut observer = Lines::new(config.train.steps, config.train.log_every, args.json);
+    let session = Session::open(config, &start, &mut observer)?;
+    observer.message(&session.engine().plan().headline());
+    let summary = session.run(&stop, &mut observer)?;
+    observer.finish();
+    if args.json {
+        output::json(&summary)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Some(sample) = &summary.sample {
+        output::line(&format!("sample:\n{sample}\n"))?;
+    }
+    output::line(&format!(
+        "{} steps, loss {:.4} to {:.4}, {:.0} tokens/s, {} chunk moves, {:.2} % stalled, device peak {} of {} for {} of model states",
+        summary.steps,
+        summary.loss_first,
+        summary.loss_last,
+        summary.tokens_per_second,
+        summary.chunk_moves,
+        100.0 * summary.stall_ratio,
+        patrickstar_actors::types::Bytes(summary.device_peak_bytes),
+        patrickstar_actors::types::Bytes(summary.device_budget_bytes),
+        patrickstar_actors::types::Bytes(summary.model_state_bytes),
+    ))?;
+    if let Some(checkpoint) = &summary.checkpoint {
+        output::line(&format!("checkpoint: {}", checkpoint.display()))?;
+    }
+    for (what, path) in &summary.files {
+        output::line(&format!("{what}: {}", path.display()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Turns true at the first SIGINT or SIGTERM; the second one ends the process at once.
+fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+            .map_err(|error| Error::Failed(format!("signals cannot be handled: {error}")))?;
+    }
+    Ok(stop)
+}
+
+/// A progress bar on a terminal, a line every few steps elsewhere; JSON lines on request.
+struct Lines {
+    bar: Option<ProgressBar>,
+    every: u64,
+    total: u64,
+    json: bool,
+}
+
+impl Lines {
+    fn new(total: u64, every: u64, json: bool) -> Self {
+        let bar = (!json && std::io::stderr().is_terminal()).then(|| {
+            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}");
+            ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Lines { bar, every: every.max(1), total, json }
+    }
+
+    fn finish(&mut self) {
+        if let Some(bar) = self.bar.take() {
+            bar.finish();
+        }
+    }
+}
+
+impl Observer for Lines {
+    fn step(&mut self, report: &StepReport, progress: &Progress) {
+        let step = report.stats.step.0;
+        let text = format!(
+            "loss {:.4}  {:.0} tok/s  stall {:.1} %  device {} / {}  host {}",
+            report.loss,
+            progress.tokens_per_second,
+            100.0 * report.stall_ratio(),
+            progress.device_used,
+            progress.device_budget,
+            progress.host_used,
+        );
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+            bar.set_message(text);
+        } else if step == 1 || step % self.every == 0 || step == self.total {
+            output::note(&format!("step {step}/{}  {text}", self.total));
+            if self.json {
+                let line = serde_json::json!({
+                    "step": step, "loss": report.loss, "learning_rate": report.learning_rate,
+                    "gradient_norm": report.stats.gradient_norm, "tokens_per_second": progress.tokens_per_second,
+                    "stall_ratio": report.stall_ratio(), "chunk_moves": report.stats.stats.chunk_moves(),
+                });
+                // A reader that left is noticed at the last line, which matters.
+                let _ = output::json(&line);
+            }
+        }
+    }
+
+    fn message(&mut self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            None => output::note(text),
+        }
+    }
+}

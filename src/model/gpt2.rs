@@ -1,0 +1,302 @@
+//! GPT-2 (Radford et al., 2019): pre-norm transformer with learned positions, in Hugging Face names.
+
+use std::path::Path;
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::block::{Block, Context, Init, ParameterSpec};
+use super::hf;
+use super::ops;
+use super::param::Params;
+use crate::config::Config;
+use crate::error::Error;
+
+/// Sizes of a GPT-2.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gpt2Config {
+    /// Tokens known.
+    pub vocab: usize,
+    /// Positions.
+    pub context: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Attention heads.
+    pub heads: usize,
+    /// Dropout probability.
+    pub dropout: f64,
+    /// The head uses the token embedding.
+    pub tied: bool,
+    /// Added to the variance in layer norms.
+    pub layer_norm_eps: f64,
+    /// GELU by erf instead of tanh.
+    pub exact_gelu: bool,
+    /// Standard deviation of initial weights.
+    pub initializer_range: f32,
+}
+
+/// Rows of a panel of the embedding and the head.
+const PANEL_ROWS: usize = 256;
+/// Vocabulary of the benchmark shapes: GPT-2's, padded to a multiple of 128.
+pub const BENCHMARK_VOCABULARY: usize = 50_304;
+
+/// (hidden, layers, heads, positions) of a benchmark shape, as published with PatrickStar's benchmark.
+pub fn shape(name: &str) -> Option<(usize, usize, usize, usize)> {
+    Some(match name {
+        "tiny" => (256, 4, 8, 128),
+        "1b" => (2048, 20, 16, 1024),
+        "2b" => (2048, 40, 16, 1024),
+        "4b" => (2304, 64, 16, 1024),
+        "6b" => (3072, 53, 16, 1024),
+        "8b" => (3072, 72, 16, 1024),
+        "10b" => (4096, 50, 16, 1024),
+        "13b" => (4096, 65, 16, 1024),
+        "15b" => (4096, 78, 16, 1024),
+        "18b" => (4096, 90, 16, 1024),
+        "20b" => (8192, 25, 64, 1024),
+        _ => return None,
+    })
+}
+
+/// Forward and backward, no credit for recompute: 6 per weight and token, and causal attention.
+pub fn model_flops(model: &Gpt2Config, tokens: u64, seq_len: u64) -> f64 {
+    let (d, layers) = (model.hidden as f64, model.layers as f64);
+    let weights = layers * 12.0 * d * d + model.vocab as f64 * d;
+    6.0 * weights * tokens as f64 + 6.0 * layers * tokens as f64 * seq_len as f64 * d
+}
+
+/// Peak of non-model memory in a step: the boundaries of all micro-batches and the graph of one block with its
+/// gradients. A layer keeps 18 widths of activations; candle's engine holds as many again in gradients while it runs.
+pub fn activation_bytes(model: &Gpt2Config, micro_batch: usize, micro_batches: usize, seq_len: usize) -> u64 {
+    let tokens = (micro_batch * seq_len) as u64;
+    let activation = tokens * model.hidden as u64 * 4;
+    let boundaries = activation * (model.layers as u64 + 1) * micro_batches as u64;
+    let block = activation * 18 * 2 + activation * 4;
+    let head = tokens.min(256) * model.vocab as u64 * 4 + activation * 6;
+    // Each head in work holds two time x time matrices.
+    let attention = 2 * (seq_len * seq_len * 4) as u64 * rayon::current_num_threads() as u64;
+    boundaries + micro_batches as u64 * activation + (block + attention).max(head)
+}
+
+impl Gpt2Config {
+    /// The model that a configuration names: a Hugging Face directory, a benchmark shape, or its own sizes.
+    pub fn from_config(config: &Config) -> std::result::Result<Option<Self>, Error> {
+        let model = &config.model;
+        if let Some(path) = &model.path {
+            return hf::read_config(path).map(Some);
+        }
+        let (hidden, layers, heads, context, vocab) = match shape(&model.preset) {
+            Some((hidden, layers, heads, context)) => {
+                (hidden, layers, heads, context, model.vocab.unwrap_or(BENCHMARK_VOCABULARY))
+            }
+            None => (model.hidden, model.layers, model.heads, model.context, model.vocab.unwrap_or(256)),
+        };
+        let named = shape(&model.preset).is_some();
+        let result = Gpt2Config {
+            vocab,
+            context,
+            hidden,
+            layers,
+            heads,
+            dropout: model.dropout,
+            tied: model.tied && !named,
+            layer_norm_eps: 1e-5,
+            exact_gelu: false,
+            initializer_range: 0.02,
+        };
+        result.validate()?;
+        Ok(Some(result))
+    }
+
+    /// Reads `config.json` of a Hugging Face directory.
+    pub fn from_hf(directory: &Path) -> std::result::Result<Self, Error> {
+        hf::read_config(directory)
+    }
+
+    pub(super) fn validate(&self) -> std::result::Result<(), Error> {
+        let sizes = [self.vocab, self.context, self.hidden, self.layers, self.heads];
+        if sizes.contains(&0) {
+            return Err(Error::Model(
+                "a model needs a vocabulary, positions, a width, layers and heads above 0".into(),
+            ));
+        }
+        if self.hidden % self.heads != 0 {
+            return Err(Error::Model(format!(
+                "model.hidden = {} is not a multiple of model.heads = {}: change one of them",
+                self.hidden, self.heads
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// The blocks of the model: embedding, layers, head.
+pub fn blocks(model: &Gpt2Config) -> Vec<Box<dyn Block>> {
+    let mut blocks: Vec<Box<dyn Block>> = vec![Box::new(EmbeddingBlock { model: model.clone() })];
+    for layer in 0..model.layers {
+        blocks.push(Box::new(LayerBlock::new(model, layer)));
+    }
+    blocks.push(Box::new(HeadBlock { model: model.clone() }));
+    blocks
+}
+
+const TOKENS: &str = "transformer.wte.weight";
+const POSITIONS: &str = "transformer.wpe.weight";
+
+fn table(name: &str, rows: usize, columns: usize, std: f32) -> ParameterSpec {
+    ParameterSpec {
+        name: name.into(),
+        shape: vec![rows, columns],
+        init: Init::Normal { std },
+        decay: true,
+        tile_rows: Some(PANEL_ROWS.min(rows)),
+    }
+}
+
+fn vector(name: String, size: usize, init: Init) -> ParameterSpec {
+    ParameterSpec { name, shape: vec![size], init, decay: false, tile_rows: None }
+}
+
+fn norm(prefix: &str, width: usize) -> [ParameterSpec; 2] {
+    [vector(format!("{prefix}.weight"), width, Init::Ones), vector(format!("{prefix}.bias"), width, Init::Zeros)]
+}
+
+struct EmbeddingBlock {
+    model: Gpt2Config,
+}
+
+impl Block for EmbeddingBlock {
+    fn name(&self) -> &str {
+        "embedding"
+    }
+
+    fn parameters(&self) -> Vec<ParameterSpec> {
+        let std = self.model.initializer_range;
+        vec![
+            table(TOKENS, self.model.vocab, self.model.hidden, std),
+            table(POSITIONS, self.model.context, self.model.hidden, std),
+        ]
+    }
+
+    fn forward(&self, ids: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+        let x = ops::embedding(ids, params.get(TOKENS)?, ctx)?;
+        let x = ops::positional_embedding(&x, params.get(POSITIONS)?)?;
+        ops::dropout(&x, self.model.dropout, ctx, 0)
+    }
+}
+
+struct LayerBlock {
+    model: Gpt2Config,
+    name: String,
+    prefix: String,
+}
+
+impl LayerBlock {
+    fn new(model: &Gpt2Config, layer: usize) -> Self {
+        LayerBlock { model: model.clone(), name: format!("h.{layer}"), prefix: format!("transformer.h.{layer}") }
+    }
+
+    fn linear(&self, name: &str, out: usize, inner: usize, std: f32) -> [ParameterSpec; 2] {
+        let weight = ParameterSpec {
+            name: format!("{}.{name}.weight", self.prefix),
+            shape: vec![out, inner],
+            init: Init::Normal { std },
+            decay: true,
+            tile_rows: None,
+        };
+        [weight, vector(format!("{}.{name}.bias", self.prefix), out, Init::Zeros)]
+    }
+
+    fn apply(&self, x: &Tensor, params: &Params, name: &str) -> Result<Tensor> {
+        let weight = params.get(&format!("{}.{name}.weight", self.prefix))?;
+        ops::linear(x, weight, Some(params.get(&format!("{}.{name}.bias", self.prefix))?))
+    }
+
+    fn norm(&self, x: &Tensor, params: &Params, name: &str) -> Result<Tensor> {
+        let weight = params.get(&format!("{}.{name}.weight", self.prefix))?;
+        let bias = params.get(&format!("{}.{name}.bias", self.prefix))?;
+        ops::layer_norm(x, weight, bias, self.model.layer_norm_eps)
+    }
+}
+
+impl Block for LayerBlock {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn parameters(&self) -> Vec<ParameterSpec> {
+        let (d, std) = (self.model.hidden, self.model.initializer_range);
+        // GPT-2 scales what is added to the residual stream by the number of additions.
+        let residual = std / (2.0 * self.model.layers as f32).sqrt();
+        let mut parameters = Vec::new();
+        parameters.extend(norm(&format!("{}.ln_1", self.prefix), d));
+        parameters.extend(self.linear("attn.c_attn", 3 * d, d, std));
+        parameters.extend(self.linear("attn.c_proj", d, d, residual));
+        parameters.extend(norm(&format!("{}.ln_2", self.prefix), d));
+        parameters.extend(self.linear("mlp.c_fc", 4 * d, d, std));
+        parameters.extend(self.linear("mlp.c_proj", d, 4 * d, residual));
+        parameters
+    }
+
+    fn forward(&self, x: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+        let p = self.model.dropout;
+        let qkv = self.apply(&self.norm(x, params, "ln_1")?, params, "attn.c_attn")?;
+        let attended = self.apply(&ops::causal_attention(&qkv, self.model.heads)?, params, "attn.c_proj")?;
+        let x = (x + ops::dropout(&attended, p, ctx, 0)?)?;
+        let up = self.apply(&self.norm(&x, params, "ln_2")?, params, "mlp.c_fc")?;
+        let active = if self.model.exact_gelu { ops::gelu_erf(&up)? } else { ops::gelu_tanh(&up)? };
+        let down = self.apply(&active, params, "mlp.c_proj")?;
+        &x + ops::dropout(&down, p, ctx, 1)?
+    }
+}
+
+struct HeadBlock {
+    model: Gpt2Config,
+}
+
+impl HeadBlock {
+    fn weight(&self) -> &'static str {
+        if self.model.tied { TOKENS } else { "lm_head.weight" }
+    }
+}
+
+impl Block for HeadBlock {
+    fn name(&self) -> &str {
+        "head"
+    }
+
+    fn parameters(&self) -> Vec<ParameterSpec> {
+        let mut parameters = norm("transformer.ln_f", self.model.hidden).to_vec();
+        parameters.push(table(self.weight(), self.model.vocab, self.model.hidden, self.model.initializer_range));
+        parameters
+    }
+
+    fn forward(&self, x: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+        let (weight, bias) = (params.get("transformer.ln_f.weight")?, params.get("transformer.ln_f.bias")?);
+        let x = ops::layer_norm(x, weight, bias, self.model.layer_norm_eps)?;
+        let head = params.get(self.weight())?;
+        match &ctx.targets {
+            Some(targets) => ops::linear_cross_entropy(&x, head, targets, ctx),
+            None => ops::logits(&x, head),
+        }
+    }
+}
+
+/// As [`blocks`], with weight decay on every parameter, as an optimizer without parameter groups does it.
+pub fn blocks_with_decay(model: &Gpt2Config) -> Vec<Box<dyn Block>> {
+    struct Decayed(Box<dyn Block>);
+    impl Block for Decayed {
+        fn name(&self) -> &str {
+            self.0.name()
+        }
+        fn parameters(&self) -> Vec<ParameterSpec> {
+            self.0.parameters().into_iter().map(|spec| ParameterSpec { decay: true, ..spec }).collect()
+        }
+        fn forward(&self, input: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+            self.0.forward(input, params, ctx)
+        }
+    }
+    blocks(model).into_iter().map(|block| Box::new(Decayed(block)) as Box<dyn Block>).collect()
+}

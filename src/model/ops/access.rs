@@ -1,0 +1,121 @@
+//! Reading activations and weights as slices, and adding to gradients.
+
+use std::borrow::Cow;
+
+use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use half::bf16;
+use rayon::prelude::*;
+
+use crate::model::param::{GradientSlice, Param, WeightSlice};
+
+/// Elements that are worth a task of their own.
+pub(super) const GRAIN: usize = 1 << 14;
+
+/// The contiguous fp32 elements of an operation's input.
+pub(super) fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    match (storage, layout.contiguous_offsets()) {
+        (CpuStorage::F32(values), Some((from, to))) => Ok(&values[from..to]),
+        (CpuStorage::F32(_), None) => bail!("{op} needs a contiguous input: call contiguous() first"),
+        _ => bail!("{op} computes in fp32: convert its input with to_dtype(F32)"),
+    }
+}
+
+/// Calls `read` with the elements of a contiguous fp32 tensor.
+pub(super) fn with_slice<R>(op: &str, tensor: &Tensor, read: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => read(slice(op, storage, layout)?),
+        _ => bail!("{op} has no kernel for this device"),
+    }
+}
+
+/// A new tensor of the same shape as `like`.
+pub(super) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
+    Tensor::from_vec(values, like.shape(), like.device())
+}
+
+/// Rows `[row, row + rows)` of tile `tile`, in fp32.
+pub(super) fn weight_rows(param: &Param, tile: usize, row: usize, rows: usize) -> Result<Cow<'_, [f32]>> {
+    let columns = param.columns();
+    let range = row * columns..(row + rows) * columns;
+    Ok(match param.weight(tile)? {
+        WeightSlice::F32(values) => Cow::Borrowed(&values[range]),
+        WeightSlice::Bf16(values) => {
+            let mut wide = vec![0f32; range.len()];
+            wide.par_chunks_mut(GRAIN).zip(values[range].par_chunks(GRAIN)).for_each(|(wide, narrow)| {
+                wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.to_f32());
+            });
+            Cow::Owned(wide)
+        }
+    })
+}
+
+/// One panel of a parameter: the unit in which tileable operations work, whatever the tiling.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Panel {
+    pub tile: usize,
+    /// First row within the tile.
+    pub row_in_tile: usize,
+    /// First row within the parameter.
+    pub row: usize,
+    pub rows: usize,
+}
+
+/// Panels in row order.
+pub(super) fn panels(param: &Param) -> Vec<Panel> {
+    let mut panels = Vec::new();
+    for tile in 0..param.tile_count() {
+        let (start, tile_rows) = param.tile_rows(tile);
+        let mut row_in_tile = 0;
+        while row_in_tile < tile_rows {
+            let rows = param.panel_rows().min(tile_rows - row_in_tile);
+            panels.push(Panel { tile, row_in_tile, row: start + row_in_tile, rows });
+            row_in_tile += rows;
+        }
+    }
+    panels
+}
+
+/// Adds `values` to the gradient of tile `tile` from element `offset` on; nothing in passes without gradients.
+pub(super) fn accumulate(param: &Param, tile: usize, offset: usize, values: &[f32]) -> Result<()> {
+    // SAFETY: this is the only slice of the tile's gradient: operations run one after another on the compute thread.
+    match unsafe { param.gradient(tile)? } {
+        None => {}
+        Some(GradientSlice::F32(gradient)) => {
+            let gradient = &mut gradient[offset..offset + values.len()];
+            gradient.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(gradient, values)| {
+                gradient.iter_mut().zip(values).for_each(|(gradient, value)| *gradient += value);
+            });
+        }
+        Some(GradientSlice::Bf16(gradient)) => {
+            let gradient = &mut gradient[offset..offset + values.len()];
+            gradient.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(gradient, values)| {
+                gradient
+                    .iter_mut()
+                    .zip(values)
+                    .for_each(|(gradient, value)| *gradient = bf16::from_f32(gradient.to_f32() + value));
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Whether this pass computes gradients of `param`.
+pub(super) fn wants_gradient(param: &Param) -> Result<bool> {
+    // SAFETY: the slice is dropped at once.
+    Ok(unsafe { param.gradient(0)? }.is_some())
+}
+
+/// For each column the sum over rows of `term(row, column)`, rows in order; columns are shared out to threads.
+pub(super) fn column_sums(rows: usize, columns: usize, term: impl Fn(usize, usize) -> f32 + Sync) -> Vec<f32> {
+    const BAND: usize = 64;
+    let mut sums = vec![0f32; columns];
+    sums.par_chunks_mut(BAND).enumerate().for_each(|(band, sums)| {
+        for row in 0..rows {
+            for (offset, sum) in sums.iter_mut().enumerate() {
+                *sum += term(row, band * BAND + offset);
+            }
+        }
+    });
+    sums
+}

@@ -1,0 +1,127 @@
+//! Counter-based random numbers: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11).
+//!
+//! Every number is a function of seed, stream and position alone. So a parameter begins with the same bits wherever its
+//! chunk lies, and a dropout mask repeats itself in the recompute without being stored.
+
+use super::block::{Context, Init};
+
+const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+
+/// One block of four numbers.
+pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for round in 0..10 {
+        if round > 0 {
+            key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+        }
+        let product = |multiplier: u32, value: u32| u64::from(multiplier) * u64::from(value);
+        let (a, b) = (product(MULTIPLIERS[0], counter[0]), product(MULTIPLIERS[1], counter[2]));
+        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+    }
+    counter
+}
+
+fn block(seed: u64, stream: u64, index: u64) -> [u32; 4] {
+    let halves = |value: u64| [value as u32, (value >> 32) as u32];
+    let ([a, b], [c, d]) = (halves(index), halves(stream));
+    philox([a, b, c, d], halves(seed))
+}
+
+/// FNV-1a, so that every parameter has a stream of its own.
+fn stream_of(name: &str) -> u64 {
+    name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
+}
+
+/// In (0, 1]: never zero, so that its logarithm is finite.
+fn unit(bits: u32) -> f64 {
+    (f64::from(bits) + 1.0) / 4_294_967_296.0
+}
+
+/// A number in (0, 1] for choices outside of training.
+pub fn uniform(seed: u64, index: u64) -> f64 {
+    unit(block(seed, stream_of("sample"), index)[0])
+}
+
+/// Fills `out` with the elements of parameter `name` that begin at `first_element`.
+pub fn fill(init: Init, seed: u64, name: &str, first_element: u64, out: &mut [f32]) {
+    let stream = stream_of(name);
+    let mut current = (u64::MAX, [0u32; 4]);
+    for (offset, value) in out.iter_mut().enumerate() {
+        let element = first_element + offset as u64;
+        if current.0 != element / 4 {
+            current = (element / 4, block(seed, stream, element / 4));
+        }
+        *value = draw(init, &current.1, (element % 4) as usize);
+    }
+}
+
+fn draw(init: Init, bits: &[u32; 4], lane: usize) -> f32 {
+    match init {
+        Init::Zeros => 0.0,
+        Init::Ones => 1.0,
+        Init::Uniform { bound } => ((2.0 * unit(bits[lane]) - 1.0) as f32) * bound,
+        Init::Normal { std } => {
+            // Box-Muller: two uniforms give two normals.
+            let pair = lane / 2 * 2;
+            let radius = (-2.0 * unit(bits[pair]).ln()).sqrt();
+            let angle = std::f64::consts::TAU * unit(bits[pair + 1]);
+            let normal = radius * if lane % 2 == 0 { angle.cos() } else { angle.sin() };
+            normal as f32 * std
+        }
+    }
+}
+
+/// Dropout decisions of one operation in one pass: `keep(element)`.
+#[derive(Clone, Debug)]
+pub struct Mask {
+    seed: u64,
+    stream: u64,
+    threshold: u32,
+}
+
+impl Mask {
+    /// Drops with probability `p`; `op` tells operations of a block apart.
+    pub fn new(p: f64, ctx: &Context, op: u32) -> Self {
+        let place = (ctx.block as u64) << 40 ^ (ctx.micro as u64) << 8 ^ u64::from(op);
+        // The step goes through one more block, so that streams of neighbouring steps have nothing in common.
+        let mixed = block(ctx.seed, stream_of("dropout"), ctx.step.0);
+        let stream = place ^ u64::from(mixed[0]) << 32 ^ u64::from(mixed[1]);
+        Mask { seed: ctx.seed, stream, threshold: (p.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32 }
+    }
+
+    /// Writes 0 or `scale` for elements `first..`.
+    pub fn write(&self, first: u64, scale: f32, out: &mut [f32]) {
+        for (offset, value) in out.iter_mut().enumerate() {
+            let element = first + offset as u64;
+            let bits = block(self.seed, self.stream, element / 4)[(element % 4) as usize];
+            *value = if bits >= self.threshold { scale } else { 0.0 };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_gives_the_published_answers() {
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_E8D5, 0xE169_C58D, 0xBC57_AC4C, 0x9B00_DBD8]);
+        assert_eq!(philox([u32::MAX; 4], [u32::MAX; 2]), [0x408F_276D, 0x41C8_3B0E, 0xA20B_C7C6, 0x6D54_51FD]);
+        let pi = [0x243F_6A88, 0x85A3_08D3, 0x1319_8A2E, 0x0370_7344];
+        assert_eq!(philox(pi, [0xA409_3822, 0x299F_31D0]), [0xD16C_FE09, 0x94FD_CCEB, 0x5001_E420, 0x2412_6EA1]);
+    }
+
+    #[test]
+    fn any_part_of_a_parameter_has_the_same_bits() {
+        let mut whole = vec![0.0; 1000];
+        fill(Init::Normal { std: 0.02 }, 7, "w", 0, &mut whole);
+        for (from, to) in [(0, 1000), (1, 2), (3, 501), (998, 1000)] {
+            let mut part = vec![0.0; to - from];
+            fill(Init::Normal { std: 0.02 }, 7, "w", from as u64, &mut part);
+            assert_eq!(part, whole[from..to]);
+        }
+        let mean = whole.iter().sum::<f32>() / 1000.0;
+        let std = (whole.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / 1000.0).sqrt();
+        assert!(mean.abs() < 0.003 && (std - 0.02).abs() < 0.002, "{mean} {std}");
+    }
+}

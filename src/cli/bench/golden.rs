@@ -89,13 +89,15 @@ pub fn run(directory: &Path) -> Result<(Value, bool), Error> {
     let model = Gpt2Config::from_hf(directory)?;
     let resident = compare(directory, &golden, &model, Bytes(1 << 30))?;
     let states = states_bytes(directory, &model)?;
-    let third = compare(directory, &golden, &model, Bytes(states / 3))?;
+    // A model this small has activations larger than its states: the third is for chunks.
+    let activations = crate::plan::non_model_estimate(&config(directory, &golden, Bytes(0)));
+    let third = compare(directory, &golden, &model, Bytes(states / 3 + activations.0))?;
     let worst = |pick: fn(&Differences) -> f64| pick(&resident).max(pick(&third));
     let (logits, gradients, losses) = (worst(|d| d.logits), worst(|d| d.gradients), worst(|d| d.losses));
     let pass = logits <= LOGITS && gradients <= GRADIENTS && losses <= LOSSES;
     let value = json!({
         "logits_max_rel": logits, "grad_max_rel": gradients, "loss_max_abs": losses, "pass": pass,
-        "device_budget_bytes": states / 3, "model_state_bytes": states,
+        "chunk_budget_bytes": states / 3, "model_state_bytes": states,
     });
     Ok((value, pass))
 }

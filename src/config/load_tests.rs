@@ -81,7 +81,6 @@ fn invalid_values_say_what_to_do() {
         (&["train.seq_len=2048"], "train.seq_len"),
         (&["train.lr=nan"], "train.lr"),
         (&["train.min_lr=1"], "train.min_lr"),
-        (&["train.warmup_steps=5000"], "train.warmup_steps"),
         (&["train.beta2=1.0"], "train.beta2"),
         (&["train.clip_norm=-1"], "train.clip_norm"),
         (&["checkpoint.keep=0"], "checkpoint.keep"),

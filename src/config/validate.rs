@@ -2,7 +2,7 @@
 
 use patrickstar_actors::types::Bytes;
 
-use super::{Config, ConfigError, Schedule};
+use super::{Config, ConfigError};
 
 /// Shapes that `model.preset` accepts besides `gpt2`.
 pub const SHAPES: [&str; 11] = ["tiny", "1b", "2b", "4b", "6b", "8b", "10b", "13b", "15b", "18b", "20b"];
@@ -108,13 +108,6 @@ impl Config {
         check(
             (0.0..=train.lr).contains(&train.min_lr),
             format!("`train.min_lr` is {}: set it from 0 to `train.lr`", train.min_lr),
-        );
-        check(
-            train.warmup_steps <= train.steps || train.schedule == Schedule::Constant,
-            format!(
-                "`train.warmup_steps` = {} exceeds `train.steps` = {}: shorten the warm-up",
-                train.warmup_steps, train.steps
-            ),
         );
         for (key, value) in [("beta1", train.beta1), ("beta2", train.beta2)] {
             check((0.0..1.0).contains(&value), format!("`train.{key}` is {value}: set it from 0 to below 1"));

@@ -86,6 +86,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "d2h_gb": gigabytes(Direction::DeviceToHost),
         "chunk_moves": stats.chunk_moves(),
         "prefetch": {"useful": stats.prefetch_useful, "late": stats.prefetch_late, "wasted": stats.prefetch_wasted},
+        "non_model_peak_gb": engine.runtime().non_model_by_moment().into_iter().max().unwrap_or(0) as f64 / 1e9,
+        "non_model_predicted_gb": engine.plan().tiers.first().map_or(0.0, |tier| tier.non_model.0 as f64 / 1e9),
         "device_budget_gb": engine.runtime().device().0 as f64 / 1e9,
         "host_peak_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
         "chunk_bytes": engine.plan().chunk,

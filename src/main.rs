@@ -6,6 +6,14 @@ use patrickstar::telemetry::alloc::CountingAllocator;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
+/// candle's own threads spin for work between element-wise operations, and would take the cores from the optimizer and
+/// the copy streams.
+const SPIN_LIMIT: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+
 fn main() -> std::process::ExitCode {
+    if std::env::var_os(SPIN_LIMIT).is_none() {
+        // SAFETY: no other thread runs yet.
+        unsafe { std::env::set_var(SPIN_LIMIT, "0") };
+    }
     patrickstar::cli::main()
 }

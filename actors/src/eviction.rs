@@ -36,6 +36,8 @@ struct Planner<'a> {
     plan: Option<Plan>,
     /// Chunks that waiting requests need where they are.
     protected: BTreeSet<(Tier, ChunkId)>,
+    /// Device slots that prefetching may fill.
+    prefetch_budget: u32,
 }
 
 impl Eviction {
@@ -50,10 +52,15 @@ impl Eviction {
         let planned: Vec<(MoveId, Tier, Option<Tier>)> = {
             let mut guard = self.shared.lock();
             let table = &mut *guard;
-            if let Some(budgets) = self.shared.moment_budgets.read().ok().and_then(|budgets| budgets.clone()) {
-                table.budget[Tier::Device.index()] = device_budget(&budgets, table.now);
+            let budgets = self.shared.moment_budgets.read().ok().and_then(|budgets| budgets.clone());
+            if let Some(budgets) = &budgets {
+                table.budget[Tier::Device.index()] = lowest_budget(budgets, table.now, 1);
             }
-            let mut planner = Planner { shared: &self.shared, table, policy, plan, protected: BTreeSet::new() };
+            let prefetch_budget = budgets.as_ref().map_or(table.budget[Tier::Device.index()], |budgets| {
+                lowest_budget(budgets, table.now, policy.prefetch)
+            });
+            let protected = BTreeSet::new();
+            let mut planner = Planner { shared: &self.shared, table, policy, plan, protected, prefetch_budget };
             planner.run()?;
             guard
                 .moves
@@ -94,11 +101,15 @@ impl Eviction {
     }
 }
 
-/// What holds now and at the next moment, so that the compute thread finds its budget kept when it gets there.
-fn device_budget(budgets: &[u32], now: Moment) -> u32 {
-    let here = now.0 as usize % budgets.len().max(1);
-    let next = (here + 1) % budgets.len().max(1);
-    budgets.get(here).copied().unwrap_or(0).min(budgets.get(next).copied().unwrap_or(0))
+/// The lowest budget from now to `ahead` moments later. One moment ahead, so that the compute thread finds its budget kept
+/// when it gets there; as far as prefetching looks, so that nothing is fetched that a lower budget will throw out again.
+fn lowest_budget(budgets: &[u32], now: Moment, ahead: u32) -> u32 {
+    let moments = budgets.len().max(1);
+    (0..=ahead as usize)
+        .filter_map(|offset| budgets.get((now.0 as usize + offset) % moments))
+        .copied()
+        .min()
+        .unwrap_or(0)
 }
 
 impl Planner<'_> {
@@ -373,7 +384,7 @@ impl Planner<'_> {
                     && table.group(info.group).pending_update.is_none()
                     && entry.leases.iter().all(|&leases| leases == 0)
             };
-            let free = table.room(Tier::Device) as usize;
+            let free = self.prefetch_budget.min(table.budget[device]).saturating_sub(table.used(Tier::Device)) as usize;
             let mut taken = BTreeSet::new();
             let mut victims = |distance: u32| {
                 let candidates: Vec<Candidate> = this

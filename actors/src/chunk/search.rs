@@ -72,14 +72,22 @@ pub fn search_chunk_size(
         let min = Bytes(first.saturating_mul(CHUNK_ALIGNMENT));
         return Err(LayoutError::EmptyRange { min, max: limits.max });
     }
-    let stride = (last - first + 1).div_ceil(SAMPLES) as usize;
     let mut candidates = Vec::new();
-    for pages in (first..=last).step_by(stride) {
+    for pages in sample(first, last) {
         candidates.push(try_size(specs, precision, Bytes(pages * CHUNK_ALIGNMENT), limits.working_set)?);
     }
     let best = choose(&candidates, limits.device_budget)
         .ok_or(LayoutError::EmptyRange { min: limits.min, max: limits.max })?;
     Ok(SearchReport { best: best.chunk, utilisation: best.utilisation, candidates })
+}
+
+/// At most `SAMPLES` sizes, in equal ratios: what matters is how a chunk compares to a block, large or small.
+fn sample(first: u64, last: u64) -> Vec<u64> {
+    let ratio = (last as f64 / first as f64).powf(1.0 / (SAMPLES - 1) as f64);
+    let mut sizes: Vec<u64> =
+        (0..SAMPLES as i32).map(|i| ((first as f64 * ratio.powi(i)).round() as u64).clamp(first, last)).collect();
+    sizes.dedup();
+    sizes
 }
 
 fn try_size(

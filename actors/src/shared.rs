@@ -100,7 +100,8 @@ impl Shared {
 
     /// Ends the training with `error`: everybody who waits gets it. The first error wins.
     pub fn fail(&self, error: RuntimeError) {
-        tracing::error!(%error, "runtime failed");
+        // Whoever waits gets it as its error; it is not logged a second time as one.
+        tracing::debug!(%error, "runtime failed");
         self.lock().failed.get_or_insert(error);
         self.changed.notify_all();
     }

@@ -77,7 +77,9 @@ pub fn activation_bytes(model: &Gpt2Config, micro_batch: usize, micro_batches: u
     let head = tokens.min(256) * model.vocab as u64 * 4 + activation * 6;
     // Each head in work holds two time x time matrices.
     let attention = 2 * (seq_len * seq_len * 4) as u64 * rayon::current_num_threads() as u64;
-    boundaries + micro_batches as u64 * activation + (block + attention).max(head)
+    // Packing buffers of the matrix products, whatever the model's size.
+    let packing = 2 << 20;
+    packing + boundaries + micro_batches as u64 * activation + (block + attention).max(head)
 }
 
 impl Gpt2Config {

@@ -55,6 +55,14 @@ fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
     config
 }
 
+/// Chunks of the largest access, and none to spare.
+const TIGHT: u64 = 15;
+
+/// Device memory for `slots` chunks beside the activations.
+fn device(config: &Config, slots: u64) -> Bytes {
+    Bytes(crate::plan::non_model_estimate(config).0 + slots * CHUNK)
+}
+
 fn variants(base: &Config) -> Vec<Variant> {
     let mut variants = Vec::new();
     let mut add = |name: String, change: &dyn Fn(&mut Config)| {
@@ -62,28 +70,28 @@ fn variants(base: &Config) -> Vec<Variant> {
         change(&mut config);
         variants.push(Variant { name, config, kill: None, resume_after: None });
     };
-    for budget in [2_000_000u64, 2_300_000, 2_700_000, 3_200_000, 4_000_000] {
-        add(format!("budget {budget}"), &|config| config.memory.device = Bytes(budget));
+    for slots in [TIGHT, 17, 20, 26, 40] {
+        add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));
     }
     for chunk in [64u64 << 10, 100 << 10, 128 << 10, 256 << 10] {
         add(format!("chunk {chunk}"), &|config| {
             config.memory.chunk = Size::Bytes(Bytes(chunk));
-            config.memory.device = Bytes(4_000_000);
+            config.memory.device = device(config, 26);
         });
     }
     for policy in [Policy::Opt, Policy::Lru, Policy::Static] {
         for prefetch in [0, 2, 16] {
             add(format!("{policy} prefetch {prefetch}"), &|config| {
-                config.memory.device = Bytes(2_300_000);
+                config.memory.device = device(config, TIGHT);
                 config.actors.eviction.policy = policy;
                 config.actors.eviction.prefetch = prefetch;
             });
         }
     }
     for placement in [Placement::Device, Placement::Host, Placement::Hybrid] {
-        for budget in [2_300_000u64, 1 << 30] {
-            add(format!("{placement} stepping, device {budget}"), &|config| {
-                config.memory.device = Bytes(budget);
+        for slots in [TIGHT, 30, 10_000] {
+            add(format!("{placement} stepping, {slots} chunks"), &|config| {
+                config.memory.device = device(config, slots);
                 config.actors.optimizer.placement = placement;
             });
         }
@@ -95,7 +103,7 @@ fn variants(base: &Config) -> Vec<Variant> {
 fn special(base: &Config) -> Vec<Variant> {
     let small = |name: String, kill, resume_after| {
         let mut config = base.clone();
-        config.memory.device = Bytes(2_300_000);
+        config.memory.device = device(&config, TIGHT);
         Variant { name, config, kill, resume_after }
     };
     let killed = ActorName::ALL

@@ -1,0 +1,175 @@
+//! The command as a user runs it: results, exit codes, and one line for every mistake.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn patrickstar(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_patrickstar")).args(args).output().expect("the binary runs")
+}
+
+/// A configuration that trains in about a second.
+fn tiny(directory: &Path, extra: &str) -> PathBuf {
+    let text = directory.join("text.txt");
+    std::fs::write(&text, "the quick brown fox jumps over the lazy dog. ".repeat(400)).unwrap();
+    let path = directory.join("tiny.toml");
+    let config = format!(
+        "[model]\nhidden = 32\nlayers = 2\nheads = 2\ncontext = 32\n[memory]\ndevice = \"4MB\"\nchunk = \"32KiB\"\n\
+         [train]\nsteps = 8\nbatch = 4\nmicro_batches = 2\nseq_len = 32\nlr = 3e-3\noutput = \"{}\"\nsample_tokens = 8\n\
+         [data]\npath = \"{}\"\n[telemetry]\ntensorboard = true\ntrace_steps = 2\nreport = true\n{extra}",
+        directory.join("run").display(),
+        text.display()
+    );
+    std::fs::write(&path, config).unwrap();
+    path
+}
+
+fn last_json(output: &Output) -> Value {
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().last().unwrap_or_default();
+    serde_json::from_str(line)
+        .unwrap_or_else(|error| panic!("{error}: `{line}`\n{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+#[test]
+fn training_leaves_what_it_promises() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    let output = patrickstar(&["train", config.to_str().unwrap(), "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let summary = last_json(&output);
+    for key in ["steps", "loss_first", "loss_last", "params", "chunk_moves", "stall_ratio", "tokens_per_second"] {
+        assert!(summary[key].is_number(), "{key}: {summary}");
+    }
+    assert_eq!(summary["steps"], 8);
+    assert!(summary["loss_last"].as_f64() < summary["loss_first"].as_f64());
+    assert!(summary["device_peak_bytes"].as_u64() <= summary["device_budget_bytes"].as_u64(), "{summary}");
+    let run = directory.path().join("run");
+    let trace: Value = serde_json::from_slice(&std::fs::read(run.join("trace.json")).unwrap()).unwrap();
+    assert!(trace["traceEvents"].as_array().unwrap().len() > 20);
+    assert!(std::fs::read_to_string(run.join("report.html")).unwrap().contains("\"snapshots\""));
+    assert!(run.join("checkpoints/step-000008/manifest.json").is_file());
+    let events = std::fs::read_dir(&run)
+        .unwrap()
+        .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("events.out.tfevents"));
+    assert_eq!(events.count(), 1);
+
+    let text = patrickstar(&["generate", run.to_str().unwrap(), "--prompt", "the ", "--tokens", "12", "--json"]);
+    assert!(text.status.success(), "{}", String::from_utf8_lossy(&text.stderr));
+    assert!(last_json(&text)["text"].as_str().unwrap().starts_with("the "));
+}
+
+#[test]
+fn plan_says_whether_it_fits_by_its_exit_code() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    let config = config.to_str().unwrap();
+    let fits = patrickstar(&["plan", config, "--json"]);
+    assert_eq!(fits.status.code(), Some(0));
+    assert_eq!(last_json(&fits)["fits"], true);
+    for change in ["memory.device=64KiB", "memory.host=64KiB"] {
+        let output = patrickstar(&["plan", config, "--json", "--set", change]);
+        assert_eq!(output.status.code(), Some(3), "{change}");
+        assert!(last_json(&output)["problems"][0].as_str().unwrap().contains("set memory."), "{change}");
+        assert_eq!(
+            patrickstar(&["train", config, "--set", change]).status.code(),
+            Some(3),
+            "train checks too: {change}"
+        );
+    }
+}
+
+#[test]
+fn mistakes_are_one_line_that_says_what_to_do() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    let config = config.to_str().unwrap();
+    let binary = directory.path().join("binary.txt");
+    std::fs::write(&binary, b"abc\xff\xfe").unwrap();
+    let empty = directory.path().join("empty.txt");
+    std::fs::write(&empty, "").unwrap();
+    let line = directory.path().join("line.jsonl");
+    std::fs::write(&line, "{\"txt\": 1}").unwrap();
+    let hf = directory.path().join("hf");
+    std::fs::create_dir(&hf).unwrap();
+    std::fs::write(
+        hf.join("config.json"),
+        r#"{"model_type":"gpt2","vocab_size":256,"n_positions":32,"n_embd":32,"n_layer":1,"n_head":2}"#,
+    )
+    .unwrap();
+    std::fs::write(hf.join("model.safetensors"), [9, 0, 0, 0, 0, 0, 0, 0, b'{']).unwrap();
+    let file = directory.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let set = |key: &str, path: &Path| format!("{key}={}", path.display());
+    let cases = [
+        ("train.stepz=3".to_owned(), "train.steps"),
+        ("train.steps=many".to_owned(), "train.steps"),
+        ("model.heads=3".to_owned(), "heads"),
+        ("memory.chunk=1000".to_owned(), "4096"),
+        (set("data.path", &binary), "UTF-8"),
+        (set("data.path", &empty), "no text"),
+        (set("data.path", &line), "line 1"),
+        (set("data.path", Path::new("/nowhere/at/all")), "data.path"),
+        (set("data.tokenizer", &binary), "tokenizer"),
+        (set("model.path", &hf), "fetch it again"),
+        (set("train.output", &file.join("below")), "file"),
+        ("train.seq_len=10000".to_owned(), "seq_len"),
+    ];
+    for (change, expected) in cases {
+        let output = patrickstar(&["train", config, "--set", &change]);
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert_eq!(output.status.code(), Some(1), "{change}: {stderr}");
+        assert!(errors.len() == 1 && errors[0].contains(expected), "{change}: {stderr}");
+        assert!(!stderr.contains("panicked"), "{change}: {stderr}");
+    }
+}
+
+#[test]
+fn an_interrupt_finishes_the_step_saves_and_exits_with_zero() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    let child = Command::new(env!("CARGO_BIN_EXE_patrickstar"))
+        .args([
+            "train",
+            config.to_str().unwrap(),
+            "--json",
+            "--set",
+            "train.steps=1000000",
+            "--set",
+            "train.log_every=1",
+        ])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(std::time::Duration::from_millis(800));
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let summary = last_json(&output);
+    assert_eq!(summary["interrupted"], true);
+    let manifest = Path::new(summary["checkpoint"].as_str().unwrap()).join("manifest.json");
+    let manifest: Value = serde_json::from_slice(&std::fs::read(manifest).unwrap()).unwrap();
+    assert_eq!(manifest["meta"]["step"], summary["steps"]);
+}
+
+#[test]
+fn the_library_and_the_runtime_keep_their_distance() {
+    let actors = Path::new(env!("CARGO_MANIFEST_DIR")).join("actors");
+    let manifest = std::fs::read_to_string(actors.join("Cargo.toml")).unwrap();
+    for foreign in ["candle", "actix-web", "clap"] {
+        assert!(!manifest.contains(foreign), "patrickstar-actors knows no {foreign}");
+    }
+    for pure in ["chunk", "schedule"] {
+        for entry in std::fs::read_dir(actors.join("src").join(pure)).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            for impure in ["std::thread", "std::fs", "tokio", "actix", "flume", "Mutex"] {
+                assert!(!text.contains(impure), "{} names {impure}", path.display());
+            }
+        }
+    }
+}

@@ -107,7 +107,7 @@ pub(crate) enum Requester {
     Optimizer,
     /// Reads gradients.
     Reduction,
-    /// Waits for pending updates, as it saves what follows them.
+    /// Reads a group before its next update.
     Checkpoint,
 }
 
@@ -298,7 +298,10 @@ impl Table {
             let info = layout.chunk(chunk);
             let group = &self.groups[info.group.0 as usize];
             match request.requester {
-                Requester::Compute | Requester::Checkpoint => group.pending_update.is_none(),
+                Requester::Compute => group.pending_update.is_none(),
+                // A group that is still to be saved is not updated before: what lies there is the state to save, even
+                // if the next gradient is complete already.
+                Requester::Checkpoint => group.save_wanted || group.pending_update.is_none(),
                 Requester::Optimizer => !group.save_wanted,
                 Requester::Reduction => true,
             }

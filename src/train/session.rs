@@ -175,6 +175,8 @@ impl Session {
         }
         self.save()?;
         self.finish_saving()?;
+        // Generation is not part of the recorded steps.
+        self.engine.runtime().timeline().set_enabled(false);
         let sample = self.sample()?;
         let summary = self.summary(interrupted, sample)?;
         Ok(summary)

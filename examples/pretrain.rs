@@ -1,6 +1,7 @@
 //! Trains a GPT on a directory of text through the library.
 //!
 //! Run: `cargo run --release --example pretrain -- PATH`
+#![allow(clippy::print_stdout)]
 use std::sync::atomic::AtomicBool;
 
 use patrickstar::Config;

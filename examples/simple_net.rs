@@ -1,6 +1,7 @@
 //! A small net of your own blocks, trained with its states in chunks.
 //!
 //! Run: `cargo run --release --example simple_net`
+#![allow(clippy::print_stdout)]
 use candle_core::{Device, Result, Tensor};
 use patrickstar::model::ops;
 use patrickstar::{Batch, Block, Config, Context, Engine, Init, MicroBatch, ParameterSpec, Params};

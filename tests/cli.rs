@@ -1,5 +1,7 @@
 //! The command as a user runs it: results, exit codes, and one line for every mistake.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

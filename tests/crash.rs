@@ -1,5 +1,7 @@
 //! `kill -9` at random instants: a resumed run ends in the same bits as an uninterrupted one.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -74,7 +76,7 @@ fn twenty_kills_cost_no_bit() {
         }
         round += 1;
         assert!(round < 200, "only {kills} of {round} runs could be killed in time");
-        if round % 7 == 0 {
+        if round.is_multiple_of(7) {
             let finish = command(directory.path(), "killed").output().unwrap();
             assert!(finish.status.success());
             let line = String::from_utf8_lossy(&finish.stdout).lines().last().unwrap_or_default().to_owned();

@@ -1,6 +1,8 @@
 //! Gradients of a whole GPT-2 made of our operations: against candle's autograd on a plain copy, against finite
 //! differences, and bit by bit against itself under other tilings.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -1,5 +1,7 @@
 //! The runtime under a model without candle: whatever the budget, policy, side or fault, the same bits.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+
 use std::sync::Arc;
 
 use patrickstar_actors::adam::AdamConfig;
@@ -186,6 +188,7 @@ fn fill(bytes: &mut [u8], group: GroupId, precision: Precision) {
 fn accumulate(precision: Precision, weight: *mut u8, gradient: *mut u8, offset: usize, elements: usize, block: usize) {
     let slope = |w: f32, i: usize| (w * 3.0 + (i % 7) as f32 * 0.01) * (1.0 + block as f32 * 0.1);
     for i in offset..offset + elements {
+        // SAFETY: the caller's lease covers `elements` from `offset` in both chunks.
         unsafe {
             match precision {
                 Precision::Fp32 => *gradient.cast::<f32>().add(i) += slope(*weight.cast::<f32>().add(i), i),

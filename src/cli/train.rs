@@ -109,7 +109,7 @@ impl Observer for Lines {
         if let Some(bar) = &self.bar {
             bar.set_position(step);
             bar.set_message(text);
-        } else if step == 1 || step % self.every == 0 || step == self.total {
+        } else if step == 1 || step.is_multiple_of(self.every) || step == self.total {
             output::note(&format!("step {step}/{}  {text}", self.total));
             if self.json {
                 let line = serde_json::json!({

@@ -124,7 +124,7 @@ impl Gpt2Config {
                 "a model needs a vocabulary, positions, a width, layers and heads above 0".into(),
             ));
         }
-        if self.hidden % self.heads != 0 {
+        if !self.hidden.is_multiple_of(self.heads) {
             return Err(Error::Model(format!(
                 "model.hidden = {} is not a multiple of model.heads = {}: change one of them",
                 self.hidden, self.heads

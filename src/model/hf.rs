@@ -113,7 +113,7 @@ impl Weights {
                 return Err(Error::Model(format!("`{name}` has shape {shape:?}, one or two dimensions are expected")));
             }
         };
-        if (first_row * columns + out.len()) > rows * columns || out.len() % columns != 0 {
+        if (first_row * columns + out.len()) > rows * columns || !out.len().is_multiple_of(columns) {
             return Err(Error::Model(format!(
                 "{}: `{name}` has shape {:?}, which does not fit config.json",
                 self.path.display(),

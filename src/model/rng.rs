@@ -65,7 +65,7 @@ fn draw(init: Init, bits: &[u32; 4], lane: usize) -> f32 {
             let pair = lane / 2 * 2;
             let radius = (-2.0 * unit(bits[pair]).ln()).sqrt();
             let angle = std::f64::consts::TAU * unit(bits[pair + 1]);
-            let normal = radius * if lane % 2 == 0 { angle.cos() } else { angle.sin() };
+            let normal = radius * if lane.is_multiple_of(2) { angle.cos() } else { angle.sin() };
             normal as f32 * std
         }
     }

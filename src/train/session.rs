@@ -132,9 +132,7 @@ impl Session {
             }
             (None, Some(path)) => {
                 let weights = hf::Weights::open(path)?;
-                Engine::with_weights(config.clone(), blocks, |name, row, out| {
-                    Ok(weights.read_parameter(name, row, out)?)
-                })?
+                Engine::with_weights(config.clone(), blocks, |name, row, out| weights.read_parameter(name, row, out))?
             }
             (None, None) => Engine::new(config.clone(), blocks)?,
         };
@@ -169,7 +167,7 @@ impl Session {
             }
             self.step(observer)?;
             let step = self.engine.current_step().0;
-            if self.config.checkpoint.every > 0 && step % self.config.checkpoint.every == 0 && step < total {
+            if self.config.checkpoint.every > 0 && step.is_multiple_of(self.config.checkpoint.every) && step < total {
                 self.save()?;
             }
         }
@@ -251,7 +249,7 @@ impl Session {
         for (tag, value) in scalars {
             events.scalar(step, tag, value as f32).map_err(|error| Error::io(&output, error))?;
         }
-        if step % 10 == 0 {
+        if step.is_multiple_of(10) {
             events.flush().map_err(|error| Error::io(&output, error))?;
         }
         Ok(())

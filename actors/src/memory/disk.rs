@@ -197,7 +197,7 @@ mod tests {
             assert!(matches!(DiskTier::create(&path, 1, Bytes(4096)), Err(MemoryError::InUse { .. })));
             // Offsets 0 and 1 in memory: at most one of them can be aligned.
             for shift in 0..2 {
-                let data: Vec<u8> = (0..bytes as usize + shift).map(|i| (i * 31 >> 5) as u8).collect();
+                let data: Vec<u8> = (0..bytes as usize + shift).map(|i| ((i * 31) >> 5) as u8).collect();
                 for slot in [2, 0, 1] {
                     tier.write(SlotIndex(slot), &data[shift..]).unwrap();
                 }

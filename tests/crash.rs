@@ -35,7 +35,7 @@ fn command(directory: &Path, output: &str) -> Command {
     }
     let mut train = Command::new(command.get_program());
     train.arg("train").args(command.get_args()).args(["--resume", "--json"]);
-    train.stderr(Stdio::null()).stdout(Stdio::piped());
+    train.stderr(Stdio::piped()).stdout(Stdio::piped());
     train
 }
 
@@ -66,7 +66,8 @@ fn twenty_kills_cost_no_bit() {
     let mut round = 0u32;
     // A run that got through is started over: the instants must hit all phases, start-up and saving too.
     while kills < 20 {
-        let mut child = command(directory.path(), "killed").spawn().unwrap();
+        let mut child =
+            command(directory.path(), "killed").stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
         // Fractions of the golden ratio spread over the run without repeating.
         let fraction = (f64::from(round) * 0.618_033_988_75).fract();
         std::thread::sleep(Duration::from_secs_f64(run.as_secs_f64() * fraction * 0.6));
@@ -78,7 +79,7 @@ fn twenty_kills_cost_no_bit() {
         assert!(round < 200, "only {kills} of {round} runs could be killed in time");
         if round.is_multiple_of(7) {
             let finish = command(directory.path(), "killed").output().unwrap();
-            assert!(finish.status.success());
+            assert!(finish.status.success(), "{}", String::from_utf8_lossy(&finish.stderr));
             let line = String::from_utf8_lossy(&finish.stdout).lines().last().unwrap_or_default().to_owned();
             let summary: Value = serde_json::from_str(&line).unwrap();
             assert_eq!(summary["steps"], STEPS);

@@ -178,3 +178,16 @@ fn pruning_keeps_the_newest() {
     left.sort();
     assert_eq!(left, ["LATEST", "step-000004", "step-000005"]);
 }
+
+/// Regression: a crash while the replaced directory is removed left it behind, and the next save of that step failed.
+#[test]
+fn a_replaced_checkpoint_left_by_a_crash_does_not_stop_the_next_save() {
+    let root = tempfile::tempdir().unwrap();
+    let path = save(Arc::new(RealFs), root.path(), 7).unwrap();
+    let aside = path.with_extension("old");
+    std::fs::create_dir(&aside).unwrap();
+    std::fs::write(aside.join("group-00001.safetensors"), "half").unwrap();
+    save(Arc::new(RealFs), root.path(), 7).unwrap();
+    check(&latest(root.path()).unwrap().0, 7);
+    assert!(!aside.exists());
+}

@@ -84,7 +84,11 @@ impl CheckpointWriter {
         let replaced = self.root.join(format!("{}.old", directory_name(self.step)));
         if target.is_dir() {
             // A resumed run saves a step that exists: a directory cannot be renamed over, so the old one steps aside. Between
-            // the two renames older checkpoints still stand, and the reader also looks at what stepped aside.
+            // the two renames older checkpoints still stand, and the reader also looks at what stepped aside. One that a crash
+            // left aside is older than `target`, which is whole: directories only get their name when they are.
+            if replaced.is_dir() {
+                self.fs.remove_dir(&replaced).map_err(|error| CheckpointError::io(&replaced, error))?;
+            }
             self.rename(&target, &replaced)?;
         }
         self.rename(&self.scratch, &target)?;

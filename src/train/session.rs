@@ -98,6 +98,8 @@ pub struct Session {
     events: Option<EventWriter>,
     saving: Option<Saving>,
     last_checkpoint: Option<PathBuf>,
+    /// The step whose states the output directory already has.
+    saved: Option<Step>,
     run: RunTotals,
 }
 
@@ -141,6 +143,7 @@ impl Session {
             .tensorboard
             .then(|| EventWriter::create(&output).map_err(|error| Error::io(&output, error)))
             .transpose()?;
+        let resumed_here = checkpoint.filter(|from| from.path().parent() == Some(&checkpoints_dir(&output)));
         Ok(Session {
             config,
             model,
@@ -150,7 +153,8 @@ impl Session {
             history: Vec::new(),
             events,
             saving: None,
-            last_checkpoint: None,
+            saved: resumed_here.as_ref().map(|from| from.meta().step),
+            last_checkpoint: resumed_here.map(|from| from.path().to_owned()),
             run: RunTotals::default(),
         })
     }
@@ -257,9 +261,13 @@ impl Session {
 
     fn save(&mut self) -> Result<(), Error> {
         self.finish_saving()?;
+        if self.saved == Some(self.engine.current_step()) {
+            return Ok(());
+        }
         let root = checkpoints_dir(&self.config.train.output);
         let meta = self.meta()?;
         self.saving = Some(self.engine.save(&root, self.config.checkpoint.keep, meta)?);
+        self.saved = Some(self.engine.current_step());
         Ok(())
     }
 

@@ -1,7 +1,6 @@
 //! A small net of your own blocks, trained with its states in chunks.
 //!
 //! Run: `cargo run --release --example simple_net`
-#![allow(clippy::print_stdout)]
 use candle_core::{Device, Result, Tensor};
 use patrickstar::model::ops;
 use patrickstar::{Batch, Block, Config, Context, Engine, Init, MicroBatch, ParameterSpec, Params};
@@ -39,22 +38,20 @@ impl Block for Dense {
     }
 }
 
+#[allow(clippy::print_stdout)]
 fn main() -> std::result::Result<(), Box<dyn std::error::Error>> {
-    let sizes = [64, 256, 256, 4];
-    let blocks = (0..3).map(|i| {
-        let block = Dense { name: format!("dense.{i}"), inner: sizes[i], out: sizes[i + 1], last: i == 2 };
-        Box::new(block) as Box<dyn Block>
-    });
+    let sizes = [64, 256, 256, 256, 256, 4];
+    let dense = |i| Dense { name: format!("dense.{i}"), inner: sizes[i], out: sizes[i + 1], last: i == 4 };
+    let blocks = (0..5).map(|i| Box::new(dense(i)) as Box<dyn Block>);
     let mut config = Config::default();
-    config.memory.device = "2MiB".parse()?;
-    config.train.lr = 3e-3;
+    config.memory.device = "1MiB".parse()?; // The states need 2.4 MiB.
+    config.train.lr = 1e-3;
     let mut engine = Engine::new(config, blocks.collect())?;
-    let input = Tensor::randn(0f32, 1.0, (32, 64), &Device::Cpu)?;
-    let targets = input.narrow(1, 0, 4)?.argmax(1)?;
-    for step in 1..=50 {
-        let micro = vec![MicroBatch { input: input.clone(), targets: targets.clone() }];
-        let report = engine.step(&Batch { micro, target_count: 32 })?;
-        if step % 10 == 0 {
+    for step in 1..=200 {
+        let input = Tensor::randn(0f32, 1.0, (128, 64), &Device::Cpu)?;
+        let targets = input.narrow(1, 0, 4)?.argmax(1)?;
+        let report = engine.step(&Batch { micro: vec![MicroBatch { input, targets }], target_count: 128 })?;
+        if step % 40 == 0 {
             println!("step {step}: loss {:.4}, {} chunk moves", report.loss, report.stats.stats.chunk_moves());
         }
     }

@@ -70,6 +70,22 @@ fn plan_says_whether_it_fits_by_its_exit_code() {
     let fits = patrickstar(&["plan", config, "--json"]);
     assert_eq!(fits.status.code(), Some(0));
     assert_eq!(last_json(&fits)["fits"], true);
+    let known = patrickstar(&["plan", config, "--json", "--compute", "2", "--link", "3", "--host", "4"]);
+    let plan = last_json(&known);
+    let ratio = |part: &str, amount: f64| plan["bound"][part].as_f64().unwrap() / amount;
+    let number = |key: &str| plan[key].as_f64().unwrap();
+    let moved = number("host_to_device").max(number("device_to_host"));
+    for (part, expected) in [
+        ("compute_s", number("flops") * 4.0 / 3.0 / 2e12),
+        ("link_s", moved / 3e9),
+        ("host_s", number("optimizer_bytes") / 4e9),
+    ] {
+        assert!((ratio(part, expected) - 1.0).abs() < 1e-9, "{part}: {plan}");
+    }
+    let device = &plan["tiers"][0];
+    let by_kind: u64 = device["peak_by_kind"].as_array().unwrap().iter().map(|kind| kind[1].as_u64().unwrap()).sum();
+    assert!(by_kind > 0 && device["chunk_peak"] == by_kind, "{device}");
+    assert_eq!(patrickstar(&["plan", config, "--link", "0"]).status.code(), Some(2), "a link has some speed");
     for change in ["memory.device=64KiB", "memory.host=64KiB"] {
         let output = patrickstar(&["plan", config, "--json", "--set", change]);
         assert_eq!(output.status.code(), Some(3), "{change}");
@@ -93,6 +109,8 @@ fn mistakes_are_one_line_that_says_what_to_do() {
     std::fs::write(&empty, "").unwrap();
     let line = directory.path().join("line.jsonl");
     std::fs::write(&line, "{\"txt\": 1}").unwrap();
+    let huge = directory.path().join("huge.jsonl");
+    std::fs::write(&huge, format!("{{\"text\": \"{}\"}}", "x".repeat(65 << 20))).unwrap();
     let hf = directory.path().join("hf");
     std::fs::create_dir(&hf).unwrap();
     std::fs::write(
@@ -112,6 +130,7 @@ fn mistakes_are_one_line_that_says_what_to_do() {
         (set("data.path", &binary), "UTF-8"),
         (set("data.path", &empty), "no text"),
         (set("data.path", &line), "line 1"),
+        (set("data.path", &huge), "split the document"),
         (set("data.path", Path::new("/nowhere/at/all")), "data.path"),
         (set("data.tokenizer", &binary), "tokenizer"),
         (set("model.path", &hf), "fetch it again"),
@@ -126,6 +145,61 @@ fn mistakes_are_one_line_that_says_what_to_do() {
         assert!(errors.len() == 1 && errors[0].contains(expected), "{change}: {stderr}");
         assert!(!stderr.contains("panicked"), "{change}: {stderr}");
     }
+}
+
+/// No text needs line breaks: a line is not held in memory.
+#[test]
+fn a_text_of_one_huge_line_trains() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    std::fs::write(directory.path().join("text.txt"), "all in a line ".repeat(5 << 20)).unwrap();
+    let output = patrickstar(&["train", config.to_str().unwrap(), "--set", "train.steps=2", "--json"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(last_json(&output)["steps"], 2);
+}
+
+/// Runs `train` in a shell that first ran `prepare`, and returns its exit code and its one error.
+#[cfg(target_os = "linux")]
+fn train_after(prepare: &str, config: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+    let script = format!("{prepare}; exec \"$@\"");
+    let output = Command::new("bash")
+        .args(["-c", &script, "bash", env!("CARGO_BIN_EXE_patrickstar"), "train"])
+        .arg(config)
+        .args(arguments)
+        .output()
+        .expect("bash runs");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert!(errors.len() == 1 && !stderr.contains("panicked"), "{stderr}");
+    (output.status.code(), errors[0].to_owned())
+}
+
+/// A limit on the size of files stands for a disk that takes no more: every write past it fails.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_disk_that_takes_no_more_leaves_the_last_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    assert!(patrickstar(&["train", config.to_str().unwrap()]).status.success());
+    let limit = "trap '' XFSZ; ulimit -f 16";
+    let steps = ["--resume", "--set", "train.steps=12", "--set", "telemetry.tensorboard=false"];
+    let (code, error) = train_after(limit, &config, &steps);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("step-000012.tmp"), "{error}");
+    let resumed = patrickstar(&["train", config.to_str().unwrap(), "--resume", "--set", "train.steps=10", "--json"]);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(last_json(&resumed)["steps"], 10, "step 8 is still there to go on from");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_directory_without_permission_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    // Refused to everybody, the superuser included.
+    let (code, error) = train_after(":", &config, &["--set", "train.output=/sys/kernel/run"]);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("/sys/kernel/run") && error.contains("permi"), "{error}");
 }
 
 #[test]

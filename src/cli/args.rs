@@ -113,6 +113,15 @@ pub struct PlanArgs {
     /// The configuration.
     #[command(flatten)]
     pub source: ConfigSource,
+    /// TFLOP/s of the machine to plan for; without it, or either of the next two, this machine is measured.
+    #[arg(long, value_name = "TFLOPS", value_parser = positive)]
+    pub compute: Option<f64>,
+    /// GB/s of its link between host and device, one direction.
+    #[arg(long, value_name = "GBPS", value_parser = positive)]
+    pub link: Option<f64>,
+    /// GB/s of its host memory, reads and writes together.
+    #[arg(long, value_name = "GBPS", value_parser = positive)]
+    pub host: Option<f64>,
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
@@ -198,4 +207,11 @@ pub struct DoctorArgs {
 pub struct CompletionsArgs {
     /// The shell.
     pub shell: clap_complete::Shell,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
+        _ => Err("give a number greater than 0".to_owned()),
+    }
 }

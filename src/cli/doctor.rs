@@ -91,6 +91,8 @@ fn memory() -> Check {
 fn cgroup() -> Check {
     let limit = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     let limit = limit.iter().find_map(|path| read_to_string(path).ok()?.trim().parse::<u64>().ok());
+    // The first version of control groups writes a number near 2^63 where there is no limit.
+    let limit = limit.filter(|limit| meminfo("MemTotal").is_none_or(|total| *limit < total * 1024));
     info("cgroup", limit.map_or("no memory limit".to_owned(), |limit| format!("memory limit {}", Bytes(limit))))
 }
 

@@ -7,7 +7,7 @@ use super::error::DOES_NOT_FIT;
 use super::{CliError, output};
 use crate::config::Sources;
 use crate::data::Tokenizer;
-use crate::plan::{Plan, non_model_estimate};
+use crate::plan::{Plan, Rates, non_model_estimate};
 use crate::train::model::build;
 use crate::train::program::Program;
 
@@ -16,13 +16,18 @@ pub fn run(args: PlanArgs) -> Result<ExitCode, CliError> {
     let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
     let (_, blocks) = build(&mut config, &tokenizer)?;
     let program = Program::new(&blocks)?;
-    let plan = Plan::new(&config, &program, non_model_estimate(&config))?;
+    let plan = Plan::new(&config, &program, non_model_estimate(&config, &program))?;
+    let scaled = |value: Option<f64>, unit: f64| value.map(|value| value * unit);
+    let rates = Rates::measure([scaled(args.compute, 1e12), scaled(args.link, 1e9), scaled(args.host, 1e9)])?;
+    let bound = plan.bound(&rates);
     if args.json {
         let mut value = serde_json::to_value(&plan).map_err(std::io::Error::from)?;
         value["fits"] = plan.fits().into();
+        value["rates"] = serde_json::to_value(rates).map_err(std::io::Error::from)?;
+        value["bound"] = serde_json::to_value(bound).map_err(std::io::Error::from)?;
         output::json(&value)?;
     } else {
-        plan.lines().iter().try_for_each(|line| output::line(line))?;
+        plan.lines(&bound).iter().try_for_each(|line| output::line(line))?;
     }
     Ok(if plan.fits() { ExitCode::SUCCESS } else { ExitCode::from(DOES_NOT_FIT) })
 }

@@ -84,10 +84,10 @@ pub fn activation_bytes(model: &Gpt2Config, micro_batch: usize, micro_batches: u
 
 impl Gpt2Config {
     /// The model that a configuration names: a Hugging Face directory, a benchmark shape, or its own sizes.
-    pub fn from_config(config: &Config) -> std::result::Result<Option<Self>, Error> {
+    pub fn from_config(config: &Config) -> std::result::Result<Self, Error> {
         let model = &config.model;
         if let Some(path) = &model.path {
-            return hf::read_config(path).map(Some);
+            return hf::read_config(path);
         }
         let (hidden, layers, heads, context, vocab) = match shape(&model.preset) {
             Some((hidden, layers, heads, context)) => {
@@ -109,7 +109,7 @@ impl Gpt2Config {
             initializer_range: 0.02,
         };
         result.validate()?;
-        Ok(Some(result))
+        Ok(result)
     }
 
     /// Reads `config.json` of a Hugging Face directory.

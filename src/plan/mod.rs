@@ -9,17 +9,21 @@ use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::runtime::{Placement, RuntimeConfig};
-use patrickstar_actors::schedule::{Policy, Setup, Trace, TraceRecorder, simulate};
-use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
+use patrickstar_actors::schedule::Policy;
+use patrickstar_actors::types::{Bytes, Kind, Tier};
 use serde::Serialize;
 
 use crate::config::{self, Config, OptimizerKind, Size};
 use crate::error::Error;
-use crate::model::gpt2;
+use crate::model::gpt2::{self, Gpt2Config};
 use crate::train::program::Program;
 
+mod bound;
+mod predict;
 mod text;
 mod verdict;
+
+pub use bound::{Bound, Limit, Rates};
 
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
 const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
@@ -82,16 +86,24 @@ struct Slots {
     disk: u32,
 }
 
+/// The GPT-2 that the configuration describes, if the program is made of its blocks and not of the user's own.
+fn configured_model(config: &Config, program: &Program) -> Option<Gpt2Config> {
+    let model = Gpt2Config::from_config(config).ok()?;
+    let configured = Program::new(&gpt2::blocks(&model)).ok()?;
+    (configured.tensor_specs() == program.tensor_specs()).then_some(model)
+}
+
 /// Non-model memory of one step, from the shapes; a quarter of the device for models of the user's own until it has been
 /// measured in the warm-up step.
-pub fn non_model_estimate(config: &Config) -> Bytes {
-    match gpt2::Gpt2Config::from_config(config) {
-        Ok(Some(model)) => {
-            let micro = config.train.batch / config.train.micro_batches.max(1);
-            Bytes(gpt2::activation_bytes(&model, micro, config.train.micro_batches, config.train.seq_len))
-        }
-        Ok(None) | Err(_) => Bytes(config.memory.device.0 / 4),
-    }
+pub fn non_model_estimate(config: &Config, program: &Program) -> Bytes {
+    configured_model(config, program)
+        .map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, &model))
+}
+
+/// Non-model memory of one step of a GPT-2, from the shapes.
+pub fn gpt2_activations(config: &Config, model: &Gpt2Config) -> Bytes {
+    let micro = config.train.batch / config.train.micro_batches.max(1);
+    Bytes(gpt2::activation_bytes(model, micro, config.train.micro_batches, config.train.seq_len))
 }
 
 impl Plan {
@@ -130,7 +142,7 @@ impl Plan {
             layout,
             slots: Slots::default(),
         };
-        plan.flops = gpt2::Gpt2Config::from_config(config).ok().flatten().map(|model| {
+        plan.flops = configured_model(config, program).map(|model| {
             gpt2::model_flops(&model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
         });
         plan.place(config, program, non_model);
@@ -169,68 +181,6 @@ impl Plan {
         self.slots = Slots { host, disk };
         self.verify(config, wanted, persistent, device, host, disk);
         self.predict(config, program, non_model, device, host.min(wanted));
-    }
-
-    fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes, device: u32, host: u32) {
-        let trace = synthetic_trace(program, &self.layout);
-        let layout = &self.layout;
-        let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
-        let setup = Setup {
-            policy: runtime_policy(config.actors.eviction.policy),
-            slots: device as usize,
-            prefetch_depth: config.actors.eviction.prefetch as u32,
-            steps: 2,
-            writes: &writes,
-        };
-        let groups = layout.group_count() as u64;
-        if let Ok(report) = simulate(&trace, &setup) {
-            let fetched_weights = (report.fetches / 2).saturating_sub(groups);
-            self.host_to_device = Bytes(fetched_weights * self.chunk.0);
-            self.device_to_host = Bytes((groups - u64::from(self.device_groups).min(groups)) * self.chunk.0);
-            let peak = Bytes((report.peak_slots as u64).min(u64::from(device)) * self.chunk.0);
-            self.tiers.push(TierPlan {
-                tier: Tier::Device,
-                capacity: config.memory.device,
-                chunk_budget: Bytes(u64::from(device) * self.chunk.0),
-                chunk_peak: peak,
-                peak_by_kind: Vec::new(),
-                non_model,
-            });
-        }
-        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
-        let kinds: Vec<(Kind, Bytes)> = layout
-            .precision()
-            .persistent_kinds()
-            .iter()
-            .map(|&kind| per_kind(kind))
-            .chain([per_kind(Kind::Gradient)])
-            .collect();
-        let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
-        let host_bytes = Bytes(u64::from(host) * self.chunk.0);
-        self.tiers.push(TierPlan {
-            tier: Tier::Host,
-            capacity: host_bytes,
-            chunk_budget: host_bytes,
-            chunk_peak: Bytes(total.min(host_bytes.0)),
-            peak_by_kind: kinds,
-            non_model: Bytes(0),
-        });
-        let disk_bytes = Bytes(u64::from(self.slots.disk) * self.chunk.0);
-        self.tiers.push(TierPlan {
-            tier: Tier::Disk,
-            capacity: config.memory.disk,
-            chunk_budget: disk_bytes,
-            chunk_peak: Bytes(total.saturating_sub(host_bytes.0).min(disk_bytes.0)),
-            peak_by_kind: Vec::new(),
-            non_model: Bytes(0),
-        });
-        // Adam reads weight, momentum, variance and gradient and writes the first three.
-        let element = match layout.precision() {
-            Precision::Fp32 => 28,
-            Precision::Bf16 => 26,
-        };
-        let host_share = 1.0 - f64::from(self.device_groups) / groups.max(1) as f64;
-        self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);
     }
 
     /// Where tensors lie.
@@ -293,20 +243,4 @@ pub fn runtime_policy(policy: config::Policy) -> Policy {
         config::Policy::Lru => Policy::Lru,
         config::Policy::Static => Policy::Static,
     }
-}
-
-/// The accesses of a step, as the engine will make them.
-fn synthetic_trace(program: &Program, layout: &Layout) -> Trace {
-    let mut recorder = TraceRecorder::new();
-    let last = program.uses.len() - 1;
-    let ids = |access: Vec<(ChunkId, patrickstar_actors::Access)>| -> Vec<ChunkId> {
-        access.into_iter().map(|(chunk, _)| chunk).collect()
-    };
-    for block in 0..last {
-        recorder.access(&ids(program.forward_access(layout, block)));
-    }
-    for block in (0..=last).rev() {
-        recorder.access(&ids(program.backward_access(layout, block)));
-    }
-    recorder.finish()
 }

@@ -2,7 +2,7 @@
 
 use patrickstar_actors::types::Bytes;
 
-use super::Plan;
+use super::{Bound, Plan};
 
 impl Plan {
     /// One line for the start of a run.
@@ -22,7 +22,7 @@ impl Plan {
     }
 
     /// The whole plan.
-    pub fn lines(&self) -> Vec<String> {
+    pub fn lines(&self, bound: &Bound) -> Vec<String> {
         let mut lines = vec![self.headline()];
         for tier in &self.tiers {
             lines.push(format!(
@@ -44,6 +44,7 @@ impl Plan {
         if let Some(flops) = self.flops {
             lines.push(format!("        {:.3} TFLOP without recompute", flops / 1e12));
         }
+        lines.push(bound.line());
         lines.push(match self.refusal() {
             None => "fits".to_owned(),
             Some(reason) => reason,

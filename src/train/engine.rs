@@ -110,7 +110,7 @@ impl Engine {
     pub(crate) fn uninitialised(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         config.validate()?;
         let program = Program::new(&blocks)?;
-        let non_model = crate::plan::non_model_estimate(&config);
+        let non_model = crate::plan::non_model_estimate(&config, &program);
         let plan = Plan::new(&config, &program, non_model)?;
         if let Some(reason) = plan.refusal() {
             return Err(Error::DoesNotFit(reason));

@@ -21,8 +21,7 @@ pub fn build(config: &mut Config, tokenizer: &Tokenizer) -> Result<(Gpt2Config, 
         }
         _ => {}
     }
-    let model = Gpt2Config::from_config(config)?
-        .ok_or_else(|| Error::Model("the configuration names no model: set model.preset".into()))?;
+    let model = Gpt2Config::from_config(config)?;
     if config.train.seq_len > model.context {
         return Err(Error::Model(format!(
             "train.seq_len is {}, the model has {} positions: lower train.seq_len or raise model.context",

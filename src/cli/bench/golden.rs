@@ -90,7 +90,7 @@ pub fn run(directory: &Path) -> Result<(Value, bool), Error> {
     let resident = compare(directory, &golden, &model, Bytes(1 << 30))?;
     let states = states_bytes(directory, &model)?;
     // A model this small has activations larger than its states: the third is for chunks.
-    let activations = crate::plan::non_model_estimate(&config(directory, &golden, Bytes(0)));
+    let activations = crate::plan::gpt2_activations(&config(directory, &golden, Bytes(0)), &model);
     let third = compare(directory, &golden, &model, Bytes(states / 3 + activations.0))?;
     let worst = |pick: fn(&Differences) -> f64| pick(&resident).max(pick(&third));
     let (logits, gradients, losses) = (worst(|d| d.logits), worst(|d| d.gradients), worst(|d| d.losses));

@@ -10,7 +10,9 @@ use crate::Error;
 use crate::checkpoint::{self, CheckpointMeta};
 use crate::config::{Config, Placement, Policy, Schedule, Size};
 use crate::data::{TokenBatch, Tokenizer};
+use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
+use crate::plan::gpt2_activations;
 use crate::train::model::{build, to_batch};
 use crate::train::{Batch, Engine};
 
@@ -60,7 +62,9 @@ const TIGHT: u64 = 15;
 
 /// Device memory for `slots` chunks beside the activations.
 fn device(config: &Config, slots: u64) -> Bytes {
-    Bytes(crate::plan::non_model_estimate(config).0 + slots * CHUNK)
+    // A configuration without a model fails when its run starts.
+    let activations = Gpt2Config::from_config(config).map_or(Bytes(0), |model| gpt2_activations(config, &model));
+    Bytes(activations.0 + slots * CHUNK)
 }
 
 fn variants(base: &Config) -> Vec<Variant> {

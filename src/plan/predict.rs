@@ -1,0 +1,123 @@
+//! What a step will hold and move, from a simulation of its accesses.
+
+use std::collections::BTreeMap;
+
+use patrickstar_actors::chunk::Layout;
+use patrickstar_actors::schedule::{Event, Setup, Trace, TraceRecorder, simulate_observed};
+use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
+
+use super::{Plan, TierPlan, runtime_policy};
+use crate::config::Config;
+use crate::train::program::Program;
+
+impl Plan {
+    pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes, device: u32, host: u32) {
+        let trace = synthetic_trace(program, &self.layout);
+        let layout = &self.layout;
+        let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
+        let setup = Setup {
+            policy: runtime_policy(config.actors.eviction.policy),
+            slots: device as usize,
+            prefetch_depth: config.actors.eviction.prefetch as u32,
+            steps: 2,
+            writes: &writes,
+        };
+        let groups = layout.group_count() as u64;
+        let mut peak = PeakByKind::default();
+        let observed = simulate_observed(&trace, &setup, &mut |event| peak.observe(event, layout));
+        // A working set that does not fit is one of the plan's problems already.
+        if let Ok(report) = observed {
+            let fetched_weights = (report.fetches / 2).saturating_sub(groups);
+            self.host_to_device = Bytes(fetched_weights * self.chunk.0);
+            self.device_to_host = Bytes((groups - u64::from(self.device_groups).min(groups)) * self.chunk.0);
+            self.tiers.push(TierPlan {
+                tier: Tier::Device,
+                capacity: config.memory.device,
+                chunk_budget: Bytes(u64::from(device) * self.chunk.0),
+                chunk_peak: Bytes(report.peak_slots as u64 * self.chunk.0),
+                peak_by_kind: peak.bytes(self.chunk),
+                non_model,
+            });
+        }
+        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
+        let kinds: Vec<(Kind, Bytes)> = layout
+            .precision()
+            .persistent_kinds()
+            .iter()
+            .map(|&kind| per_kind(kind))
+            .chain([per_kind(Kind::Gradient)])
+            .collect();
+        let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
+        let host_bytes = Bytes(u64::from(host) * self.chunk.0);
+        self.tiers.push(TierPlan {
+            tier: Tier::Host,
+            capacity: host_bytes,
+            chunk_budget: host_bytes,
+            chunk_peak: Bytes(total.min(host_bytes.0)),
+            peak_by_kind: kinds,
+            non_model: Bytes(0),
+        });
+        let disk_bytes = Bytes(u64::from(self.slots.disk) * self.chunk.0);
+        self.tiers.push(TierPlan {
+            tier: Tier::Disk,
+            capacity: config.memory.disk,
+            chunk_budget: disk_bytes,
+            chunk_peak: Bytes(total.saturating_sub(host_bytes.0).min(disk_bytes.0)),
+            peak_by_kind: Vec::new(),
+            non_model: Bytes(0),
+        });
+        // Adam reads weight, momentum, variance and gradient and writes the first three.
+        let element = match layout.precision() {
+            Precision::Fp32 => 28,
+            Precision::Bf16 => 26,
+        };
+        let host_share = 1.0 - f64::from(self.device_groups) / groups.max(1) as f64;
+        self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);
+    }
+}
+
+/// Resident chunks of each kind, now and when most were resident at once.
+#[derive(Default)]
+struct PeakByKind {
+    now: BTreeMap<Kind, u64>,
+    peak: BTreeMap<Kind, u64>,
+}
+
+impl PeakByKind {
+    fn observe(&mut self, event: Event, layout: &Layout) {
+        match event {
+            Event::Fetch(chunk) => {
+                *self.now.entry(layout.chunk(chunk).kind).or_default() += 1;
+                if self.now.values().sum::<u64>() > self.peak.values().sum::<u64>() {
+                    self.peak.clone_from(&self.now);
+                }
+            }
+            Event::Evict { chunk, .. } => {
+                if let Some(count) = self.now.get_mut(&layout.chunk(chunk).kind) {
+                    *count -= 1;
+                }
+            }
+            Event::Serve(_) => {}
+        }
+    }
+
+    fn bytes(self, chunk: Bytes) -> Vec<(Kind, Bytes)> {
+        self.peak.into_iter().map(|(kind, count)| (kind, Bytes(count * chunk.0))).collect()
+    }
+}
+
+/// The accesses of a step, as the engine will make them.
+fn synthetic_trace(program: &Program, layout: &Layout) -> Trace {
+    let mut recorder = TraceRecorder::new();
+    let last = program.uses.len() - 1;
+    let ids = |access: Vec<(ChunkId, patrickstar_actors::Access)>| -> Vec<ChunkId> {
+        access.into_iter().map(|(chunk, _)| chunk).collect()
+    };
+    for block in 0..last {
+        recorder.access(&ids(program.forward_access(layout, block)));
+    }
+    for block in (0..=last).rev() {
+        recorder.access(&ids(program.backward_access(layout, block)));
+    }
+    recorder.finish()
+}

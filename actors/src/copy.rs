@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::error::RuntimeError;
 use crate::health::ActorName;
-use crate::memory::SlotIndex;
+use crate::memory::{Backend, MemoryError, SlotIndex, Stream};
 use crate::shared::Shared;
 use crate::stats::Reason;
 use crate::table::{Move, MoveId, MoveStatus};
@@ -15,13 +15,16 @@ use crate::types::Tier;
 pub(crate) struct CopyStream {
     shared: Arc<Shared>,
     name: ActorName,
+    backend: Arc<dyn Backend>,
+    /// Made for the first move: an error then ends the training with its reason.
+    stream: Option<Box<dyn Stream>>,
     /// The move in hand: a successor repeats it, which is harmless because the source stays valid until the end.
     claimed: Option<MoveId>,
 }
 
 impl CopyStream {
-    pub fn new(shared: Arc<Shared>, name: ActorName) -> Self {
-        CopyStream { shared, name, claimed: None }
+    pub fn new(shared: Arc<Shared>, name: ActorName, backend: Arc<dyn Backend>) -> Self {
+        CopyStream { shared, name, backend, stream: None, claimed: None }
     }
 
     /// Executes one move; moves that another incarnation finished are passed over.
@@ -56,22 +59,38 @@ impl CopyStream {
         Some(*entry)
     }
 
-    fn copy(&self, claimed: &Move) -> Result<(), RuntimeError> {
+    fn copy(&mut self, claimed: &Move) -> Result<(), RuntimeError> {
         let bytes = self.shared.chunk_bytes().0 as usize;
         let (to, slot) = claimed.to;
         match claimed.from {
-            // SAFETY: the destination slot is marked `Filling` for this move, so nobody else reads or writes it.
-            None => unsafe { self.shared.address(to, slot).write_bytes(0, bytes) },
+            None => {
+                let target = self.shared.address(to, slot);
+                // SAFETY: the destination slot is marked `Filling` for this move, so nobody else reads or writes it.
+                self.on_stream(|stream| unsafe { stream.zero(target, bytes) })?;
+            }
             Some((Tier::Disk, source)) => self.disk_read(source, slot, bytes)?,
             Some((_, source)) if to == Tier::Disk => self.disk_write(source, slot, bytes)?,
             Some((from, source)) => {
                 let (source, target) = (self.shared.address(from, source), self.shared.address(to, slot));
                 // SAFETY: two slots of two arenas never overlap; a moving chunk cannot be leased, so the source is not
                 // written, and the destination is marked `Filling` for this move.
-                unsafe { std::ptr::copy_nonoverlapping(source, target, bytes) }
+                self.on_stream(|stream| unsafe { stream.copy(source, target, bytes) })?;
             }
         }
         Ok(())
+    }
+
+    /// Queues work and waits for it: the thread of this actor has nothing else to do.
+    fn on_stream(
+        &mut self,
+        queue: impl FnOnce(&mut dyn Stream) -> Result<(), MemoryError>,
+    ) -> Result<(), RuntimeError> {
+        let stream = match &mut self.stream {
+            Some(stream) => stream,
+            None => self.stream.insert(self.backend.new_stream(self.name.name())?),
+        };
+        queue(stream.as_mut())?;
+        Ok(stream.record()?.synchronize()?)
     }
 
     fn disk_read(&self, source: SlotIndex, slot: SlotIndex, bytes: usize) -> Result<(), RuntimeError> {

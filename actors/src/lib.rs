@@ -21,6 +21,8 @@ pub mod health;
 pub mod memory;
 pub mod monitor;
 mod optimizer;
+mod placement;
+mod reader;
 mod reduction;
 pub mod runtime;
 pub mod schedule;
@@ -33,6 +35,8 @@ mod table;
 pub mod timeline;
 pub mod types;
 
+pub use placement::Placement;
+pub use reader::ChunkReader;
 pub use shared::{EvictionPolicy, Lease};
 pub use system::Retune;
 pub use table::Access;

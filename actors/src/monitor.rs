@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::RuntimeError;
 use crate::health::ActorName;
+use crate::memory::limits::{Available, available_host_memory};
 use crate::shared::Shared;
 use crate::types::{Bytes, Moment, Tier};
 
@@ -58,14 +59,40 @@ impl NonModel {
 pub(crate) struct Monitor {
     shared: Arc<Shared>,
     non_model: Arc<NonModel>,
+    probe: Arc<dyn MemoryProbe>,
     device: Bytes,
+    /// What the budgets in force were computed from.
+    published: Vec<u64>,
     /// Fraction of the measured non-model memory kept free on top of it.
     headroom: f64,
 }
 
 impl Monitor {
-    pub fn new(shared: Arc<Shared>, non_model: Arc<NonModel>, device: Bytes, headroom: f64) -> Self {
-        Monitor { shared, non_model, device, headroom }
+    pub fn new(
+        shared: Arc<Shared>,
+        non_model: Arc<NonModel>,
+        probe: Arc<dyn MemoryProbe>,
+        device: Bytes,
+        headroom: f64,
+    ) -> Self {
+        Monitor { shared, non_model, probe, device, published: Vec::new(), headroom }
+    }
+
+    /// Shows what memory is in use, and publishes new budgets when a moment needed more than any step before it.
+    pub fn sample(&mut self) -> Result<(), RuntimeError> {
+        let slots_in_use = {
+            let table = self.shared.lock();
+            [Tier::Device, Tier::Host, Tier::Disk].map(|tier| (tier, table.slots[tier.index()].used()))
+        };
+        for (tier, slots) in slots_in_use {
+            let bytes = u64::from(slots) * self.shared.chunk_bytes().0;
+            metrics::gauge!("patrickstar_chunk_bytes", "tier" => tier.to_string()).set(bytes as f64);
+        }
+        metrics::gauge!("patrickstar_non_model_bytes").set(self.probe.live().0 as f64);
+        if let Available::Known(left) = available_host_memory() {
+            metrics::gauge!("patrickstar_host_available_bytes").set(left.0 as f64);
+        }
+        if self.published.is_empty() || self.published == self.non_model.snapshot() { Ok(()) } else { self.publish() }
     }
 
     /// Publishes the slots that chunks may use at each moment of the recorded step.
@@ -82,6 +109,7 @@ impl Monitor {
                 capacity.min((left / slot).min(u64::from(u32::MAX)) as u32)
             })
             .collect();
+        self.published = peaks;
         *self.shared.moment_budgets.write().unwrap_or_else(PoisonError::into_inner) = Some(budgets);
         self.shared.ring();
         Ok(())

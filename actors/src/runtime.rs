@@ -10,8 +10,10 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::{ActorName, ActorStatus, Health};
-use crate::memory::{Arena, DiskTier, SlotAllocator};
+use crate::memory::{Arena, Backend, DiskTier, SlotAllocator};
 use crate::monitor::{MemoryProbe, NonModel};
+use crate::placement::{Placement, place_groups};
+use crate::reader::ChunkReader;
 use crate::reduction::GradientReady;
 use crate::schedule::{StaticSet, Trace, TraceRecorder};
 use crate::shared::{EvictionPolicy, Lease, Plan, Shared, StepLedger};
@@ -20,17 +22,6 @@ use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
 use crate::table::{Access, Requester, Table};
 use crate::timeline::{ResidencySnapshot, Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
-
-/// Where groups are stepped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub enum Placement {
-    /// All in device memory; states that do not fit travel.
-    Device,
-    /// All in host memory.
-    Host,
-    /// As many as stay on the device beside what the model needs; the rest in host memory.
-    Hybrid,
-}
 
 /// Everything a runtime needs to know.
 #[derive(Clone, Debug)]
@@ -61,6 +52,8 @@ pub struct RuntimeConfig {
     pub optimizer_threads: usize,
     /// Fraction of the measured non-model memory kept free on top of it.
     pub headroom: f64,
+    /// Time between two looks of the monitor.
+    pub monitor_interval: Duration,
 }
 
 /// The chunk runtime. One thread, the compute thread, drives it.
@@ -110,6 +103,7 @@ impl Runtime {
         layout: Layout,
         config: RuntimeConfig,
         gradient_uses: Vec<u32>,
+        backend: Arc<dyn Backend>,
         probe: Arc<dyn MemoryProbe>,
         timeline: Arc<Timeline>,
     ) -> Result<Self, RuntimeError> {
@@ -132,8 +126,8 @@ impl Runtime {
         let (bell, bell_rx) = flume::bounded(1);
         let groups = layout.group_count();
         let shared = Arc::new(Shared {
-            device: Arena::new(Tier::Device, device_slots, chunk)?,
-            host: Arena::new(Tier::Host, config.host_slots, chunk)?,
+            device: backend.device_slab(device_slots, chunk)?,
+            host: backend.host_slab(Arena::new(Tier::Host, config.host_slots, chunk)?)?,
             disk,
             table: Mutex::new(table),
             changed: Condvar::new(),
@@ -157,12 +151,15 @@ impl Runtime {
         let non_model = Arc::new(NonModel::default());
         let system = ActorSystem::start(Parts {
             shared: Arc::clone(&shared),
+            backend,
+            probe: Arc::clone(&probe),
             bell: bell_rx,
             mailbox: config.mailbox.max(1),
             pool: Arc::new(pool),
             non_model: Arc::clone(&non_model),
             device: config.device,
             headroom: config.headroom,
+            interval: config.monitor_interval,
         })?;
         if gradient_uses.len() != groups {
             return Err(RuntimeError::Misuse(format!(
@@ -456,63 +453,5 @@ impl Runtime {
     /// The shared timeline.
     pub fn timeline(&self) -> &Arc<Timeline> {
         &self.shared.timeline
-    }
-}
-
-/// Chooses the side on which each group is stepped, and pins the states of groups that stay on the device.
-fn place_groups(table: &mut Table, layout: &Layout, config: &RuntimeConfig) {
-    let groups = layout.group_count() as u32;
-    let persistent: u32 = layout.precision().persistent_kinds().iter().map(|&kind| layout.parts(kind)).sum();
-    let on_device = match config.placement {
-        Placement::Device => groups,
-        Placement::Host => 0,
-        Placement::Hybrid => {
-            // Room for one access and the one prefetched beside it stays free.
-            let reserve = 2 * config.working_set;
-            (table.budget[Tier::Device.index()].saturating_sub(reserve) / persistent.max(1)).min(groups)
-        }
-    };
-    for index in 0..on_device {
-        let group = GroupId(index);
-        table.group_mut(group).on_device = true;
-        if config.placement == Placement::Hybrid {
-            for &kind in layout.precision().persistent_kinds() {
-                for &chunk in layout.group_chunks(group, kind) {
-                    table.entry_mut(chunk).pinned = true;
-                }
-            }
-        }
-    }
-}
-
-/// Reads chunks from any thread.
-#[derive(Clone)]
-pub struct ChunkReader {
-    shared: Arc<Shared>,
-}
-
-impl ChunkReader {
-    /// Leases `chunks` in host memory for reading, waiting for pending updates, and passes their bytes.
-    pub fn read(&self, chunks: &[ChunkId], read: impl FnOnce(&[&[u8]])) -> Result<(), RuntimeError> {
-        let request = chunks.iter().map(|&chunk| (chunk, Access::Read)).collect();
-        let lease = self.shared.lease(Requester::Checkpoint, Tier::Host, request)?;
-        let bytes = self.shared.chunk_bytes().0 as usize;
-        // SAFETY: the lease keeps the chunks in place and unwritten.
-        let slices: Vec<&[u8]> =
-            (0..chunks.len()).map(|index| unsafe { std::slice::from_raw_parts(lease.address(index), bytes) }).collect();
-        read(&slices);
-        lease.release(Pass::Other)
-    }
-
-    /// The group has been saved: its next update may be applied.
-    pub fn saved(&self, group: GroupId) {
-        self.shared.lock().group_mut(group).save_wanted = false;
-        self.shared.changed.notify_all();
-        self.shared.ring();
-    }
-
-    /// Where tensors lie.
-    pub fn layout(&self) -> &Layout {
-        &self.shared.layout
     }
 }

@@ -7,7 +7,7 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::Health;
-use crate::memory::{Arena, DiskTier, SlotIndex};
+use crate::memory::{DiskTier, Slab, SlotIndex};
 use crate::schedule::{Policy, StaticSet, Trace};
 use crate::stats::StallCause;
 use crate::system::Ring;
@@ -49,8 +49,8 @@ pub(crate) struct Shared {
     pub layout: Layout,
     pub table: Mutex<Table>,
     pub changed: Condvar,
-    pub device: Arena,
-    pub host: Arena,
+    pub device: Box<dyn Slab>,
+    pub host: Box<dyn Slab>,
     pub disk: Option<DiskTier>,
     pub policies: RwLock<EvictionPolicy>,
     pub plan: RwLock<Option<Plan>>,

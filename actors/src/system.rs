@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use actix::prelude::*;
 
@@ -10,7 +11,8 @@ use crate::copy::CopyStream;
 use crate::error::RuntimeError;
 use crate::eviction::{Eviction, Streams};
 use crate::health::ActorName;
-use crate::monitor::{Monitor, NonModel};
+use crate::memory::Backend;
+use crate::monitor::{MemoryProbe, Monitor, NonModel};
 use crate::optimizer::Optimizer;
 use crate::reduction::{GradientReady, Reduction, StepGroup};
 use crate::schedule::Policy;
@@ -27,8 +29,10 @@ pub(crate) struct Ring;
 /// What the monitor is asked.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum MonitorMessage {
-    /// Measurements changed: publish budgets.
+    /// The trace is known: publish budgets.
     Publish,
+    /// Time to look.
+    Sample,
     /// The device's memory changed.
     SetDevice(Bytes),
 }
@@ -77,6 +81,7 @@ impl Worker for Monitor {
     fn handle(&mut self, message: MonitorMessage) -> Result<(), RuntimeError> {
         match message {
             MonitorMessage::Publish => self.publish(),
+            MonitorMessage::Sample => self.sample(),
             MonitorMessage::SetDevice(device) => self.set_device(device),
         }
     }
@@ -91,12 +96,15 @@ pub(crate) struct Inboxes {
 /// What the actors are made of.
 pub(crate) struct Parts {
     pub shared: Arc<Shared>,
+    pub backend: Arc<dyn Backend>,
+    pub probe: Arc<dyn MemoryProbe>,
     pub bell: flume::Receiver<Ring>,
     pub mailbox: usize,
     pub pool: Arc<rayon::ThreadPool>,
     pub non_model: Arc<NonModel>,
     pub device: Bytes,
     pub headroom: f64,
+    pub interval: Duration,
 }
 
 /// The running actors.
@@ -118,6 +126,9 @@ impl ActorSystem {
                 system.block_on(async move {
                     let arbiters = Arbiters::new();
                     let inboxes = adopt_all(&arbiters, &parts).await;
+                    if let Ok(inboxes) = &inboxes {
+                        actix::spawn(tick(inboxes.monitor.clone(), parts.interval));
+                    }
                     let _ = ready_tx.send(inboxes);
                     // Closed or told: either way the runtime is going down.
                     let _ = stop_rx.recv_async().await;
@@ -209,7 +220,8 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
         (ActorName::Disk, disk_rx),
     ] {
         let shared_of_stream = Arc::clone(shared);
-        let make = move || CopyStream::new(Arc::clone(&shared_of_stream), name);
+        let backend = Arc::clone(&parts.backend);
+        let make = move || CopyStream::new(Arc::clone(&shared_of_stream), name, Arc::clone(&backend));
         adopt(&supervisor, arbiters, shared, name, inbox, make).await?;
     }
     let reduce = {
@@ -224,11 +236,25 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     adopt(&supervisor, arbiters, shared, ActorName::Optimizer, optimizer_rx, step).await?;
     let watch = {
         let (shared, non_model) = (Arc::clone(shared), Arc::clone(&parts.non_model));
+        let probe = Arc::clone(&parts.probe);
         let (device, headroom) = (parts.device, parts.headroom);
-        move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), device, headroom)
+        move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), Arc::clone(&probe), device, headroom)
     };
     adopt(&supervisor, arbiters, shared, ActorName::Monitor, monitor_rx, watch).await?;
     Ok(Inboxes { reduction, monitor })
+}
+
+/// Reminds the monitor to look, until the runtime goes down.
+async fn tick(monitor: flume::Sender<MonitorMessage>, interval: Duration) {
+    let mut ticks = tokio::time::interval(interval.max(Duration::from_millis(1)));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+    loop {
+        ticks.tick().await;
+        // A full inbox means that the monitor has looks to come.
+        if let Err(flume::TrySendError::Disconnected(_)) = monitor.try_send(MonitorMessage::Sample) {
+            return;
+        }
+    }
 }
 
 async fn adopt<W: Worker>(

@@ -3,13 +3,16 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use patrickstar_actors::Placement;
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::health::ActorName;
+use patrickstar_actors::memory::CpuBackend;
 use patrickstar_actors::monitor::NoProbe;
-use patrickstar_actors::runtime::{Placement, Runtime, RuntimeConfig};
+use patrickstar_actors::runtime::{Runtime, RuntimeConfig};
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Direction;
 use patrickstar_actors::timeline::Timeline;
@@ -108,8 +111,16 @@ impl Model {
             mailbox: 4,
             optimizer_threads: 2,
             headroom: 0.0,
+            monitor_interval: Duration::from_millis(5),
         };
-        let runtime = Runtime::start(layout, config, gradient_uses, Arc::new(NoProbe), Arc::new(Timeline::default()))?;
+        let runtime = Runtime::start(
+            layout,
+            config,
+            gradient_uses,
+            Arc::new(CpuBackend),
+            Arc::new(NoProbe),
+            Arc::new(Timeline::default()),
+        )?;
         let model = Model { runtime, precision: case.precision };
         let layout = model.runtime.layout();
         for (index, info) in layout.chunks().iter().enumerate().filter(|(_, info)| info.kind != Kind::Gradient) {

@@ -3,12 +3,14 @@
 //! The engine configures its runtime from the same plan, so a job that `plan` accepts is the job that runs.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use patrickstar_actors::EvictionPolicy;
+use patrickstar_actors::Placement;
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
-use patrickstar_actors::runtime::{Placement, RuntimeConfig};
+use patrickstar_actors::runtime::RuntimeConfig;
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::types::{Bytes, Kind, Tier};
 use serde::Serialize;
@@ -228,6 +230,7 @@ impl Plan {
             mailbox: config.actors.copy.mailbox.min(config.actors.reduction.mailbox),
             optimizer_threads: config.actors.optimizer.threads,
             headroom: config.actors.monitor.headroom,
+            monitor_interval: Duration::from_millis(config.actors.monitor.interval_ms),
         }
     }
 }

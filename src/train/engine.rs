@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
 use patrickstar_actors::Lease;
+use patrickstar_actors::memory::CpuBackend;
 use patrickstar_actors::monitor::MemoryProbe;
 use patrickstar_actors::runtime::{Runtime, StepStats};
 use patrickstar_actors::timeline::{Timeline, Track};
@@ -121,6 +122,7 @@ impl Engine {
             layout,
             plan.runtime_config(&config),
             uses,
+            Arc::new(CpuBackend),
             Arc::new(AllocatorProbe),
             Arc::new(Timeline::default()),
         )?;

@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use patrickstar_actors::ChunkReader;
 use patrickstar_actors::chunk::Layout;
-use patrickstar_actors::runtime::ChunkReader;
 use patrickstar_actors::types::{ChunkId, GroupId, Kind, Precision, Step};
 use safetensors::Dtype;
 

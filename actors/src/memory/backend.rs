@@ -1,23 +1,25 @@
 //! What moves bytes between tiers: slabs, streams and events of a device.
 
+use std::any::Any;
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use super::{Arena, MemoryError, SlotIndex};
 use crate::types::{Bytes, Tier};
 
 /// A point in a stream; complete once everything queued before it is done.
-pub trait DeviceEvent: Clone + Send + Sync + 'static {
+pub trait DeviceEvent: Any + Send + Sync {
     /// Whether the stream has passed it. Never blocks.
     fn is_complete(&self) -> Result<bool, MemoryError>;
     /// Blocks the calling thread until the stream has passed it.
     fn synchronize(&self) -> Result<(), MemoryError>;
 }
 
+/// A recorded event, of whichever backend recorded it.
+pub type Event = Arc<dyn DeviceEvent>;
+
 /// Work that runs in order, beside the work of other streams.
 pub trait Stream: Send {
-    /// The events of this stream's backend.
-    type Event: DeviceEvent;
-
     /// Queues a copy; the direction follows from the addresses.
     ///
     /// # Safety
@@ -28,10 +30,11 @@ pub trait Stream: Send {
     /// # Safety
     /// As for [`Stream::copy`].
     unsafe fn zero(&mut self, dst: *mut u8, bytes: usize) -> Result<(), MemoryError>;
-    /// Whatever is queued from now on starts after `event`. Does not block the calling thread.
-    fn wait(&mut self, event: &Self::Event) -> Result<(), MemoryError>;
+    /// Whatever is queued from now on starts after `event`, which a stream of the same backend recorded. Does not block
+    /// the calling thread.
+    fn wait(&mut self, event: &Event) -> Result<(), MemoryError>;
     /// Marks the end of what is queued so far.
-    fn record(&mut self) -> Result<Self::Event, MemoryError>;
+    fn record(&mut self) -> Result<Event, MemoryError>;
     /// Runs `callback` after what is queued so far, possibly on a thread of the driver: it must be brief and must not
     /// call the backend.
     fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError>;
@@ -49,11 +52,8 @@ pub trait Slab: Send + Sync {
 
 /// A device: its memory and its streams.
 pub trait Backend: Send + Sync + 'static {
-    /// The events of its streams.
-    type Event: DeviceEvent;
-
     /// A new stream; `name` is for profiles and logs.
-    fn new_stream(&self, name: &str) -> Result<Box<dyn Stream<Event = Self::Event>>, MemoryError>;
+    fn new_stream(&self, name: &str) -> Result<Box<dyn Stream>, MemoryError>;
     /// Allocates the device tier.
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
     /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
@@ -97,8 +97,6 @@ impl DeviceEvent for CpuEvent {
 }
 
 impl Stream for CpuStream {
-    type Event = CpuEvent;
-
     unsafe fn copy(&mut self, src: *const u8, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
         // SAFETY: the caller vouches for both ranges.
         unsafe { std::ptr::copy_nonoverlapping(src, dst, bytes) };
@@ -111,12 +109,12 @@ impl Stream for CpuStream {
         Ok(())
     }
 
-    fn wait(&mut self, _event: &CpuEvent) -> Result<(), MemoryError> {
+    fn wait(&mut self, _event: &Event) -> Result<(), MemoryError> {
         Ok(())
     }
 
-    fn record(&mut self) -> Result<CpuEvent, MemoryError> {
-        Ok(CpuEvent)
+    fn record(&mut self) -> Result<Event, MemoryError> {
+        Ok(Arc::new(CpuEvent))
     }
 
     fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError> {
@@ -126,9 +124,7 @@ impl Stream for CpuStream {
 }
 
 impl Backend for CpuBackend {
-    type Event = CpuEvent;
-
-    fn new_stream(&self, _name: &str) -> Result<Box<dyn Stream<Event = CpuEvent>>, MemoryError> {
+    fn new_stream(&self, _name: &str) -> Result<Box<dyn Stream>, MemoryError> {
         Ok(Box::new(CpuStream))
     }
 

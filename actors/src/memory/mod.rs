@@ -16,7 +16,7 @@ pub mod limits;
 mod slots;
 
 pub use arena::Arena;
-pub use backend::{Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, Slab, Stream};
+pub use backend::{Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, Event, Slab, Stream};
 pub use disk::DiskTier;
 pub use error::MemoryError;
 pub use slots::{SlotAllocator, SlotIndex};

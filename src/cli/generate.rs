@@ -27,8 +27,7 @@ pub fn run(args: GenerateArgs) -> Result<ExitCode, CliError> {
         .map_err(|error| crate::Error::Failed(format!("the checkpoint's configuration is unreadable: {error}")))?;
     let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
     let (model, blocks) = build(&mut config, &tokenizer)?;
-    let mut engine = Engine::uninitialised(config, blocks)?;
-    engine.restore(&checkpoint)?;
+    let mut engine = Engine::load(config, blocks, &checkpoint)?;
     let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed: args.seed };
     let text = generate(&mut engine, &tokenizer, &args.prompt, args.tokens, model.context, sampling)?;
     if args.json {

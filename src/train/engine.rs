@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::lr::learning_rate;
 use super::program::Program;
 use super::states;
+use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Error;
 use crate::model::block::{Block, Context};
@@ -107,8 +108,15 @@ impl Engine {
         Ok(engine)
     }
 
-    /// As `new`, without any state: for restoring a checkpoint into it.
-    pub(crate) fn uninitialised(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
+    /// As `new`, with the states of a checkpoint, whichever chunk size and budgets it was written under.
+    pub fn load(config: Config, blocks: Vec<Box<dyn Block>>, checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let mut engine = Self::uninitialised(config, blocks)?;
+        engine.restore(checkpoint)?;
+        Ok(engine)
+    }
+
+    /// As `new`, without any state.
+    fn uninitialised(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         config.validate()?;
         let program = Program::new(&blocks)?;
         let non_model = crate::plan::non_model_estimate(&config, &program);

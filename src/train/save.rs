@@ -35,6 +35,23 @@ impl Saving {
 }
 
 impl Engine {
+    /// What a checkpoint says of this engine; the caller adds where it is in its data, and how it came there.
+    pub fn meta(&self) -> Result<CheckpointMeta, Error> {
+        let config_toml = toml::to_string(self.config())
+            .map_err(|error| Error::Failed(format!("the configuration cannot be written: {error}")))?;
+        Ok(CheckpointMeta {
+            step: self.current_step(),
+            parameters: self.plan().parameters,
+            config_toml,
+            data_position: serde_json::Value::Null,
+            rng_seed: self.config().train.seed,
+            precision: self.precision(),
+            tokenizer: self.config().data.tokenizer.clone(),
+            model: serde_json::Value::Null,
+            loss_history_tail: Vec::new(),
+        })
+    }
+
     /// Starts a checkpoint of the state after the last step, in `root`; keeps the `keep` newest.
     pub fn save(&self, root: &Path, keep: usize, meta: CheckpointMeta) -> Result<Saving, Error> {
         self.drain()?;
@@ -63,7 +80,7 @@ impl Engine {
     }
 
     /// Fills the engine with a checkpoint's states.
-    pub(crate) fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), Error> {
+    pub(super) fn restore(&mut self, checkpoint: &Checkpoint) -> Result<(), Error> {
         let meta = checkpoint.meta();
         let layout = self.runtime().layout();
         if meta.parameters != layout.parameters() || meta.precision != layout.precision() {

@@ -125,8 +125,7 @@ impl Session {
         let checkpoint = find_checkpoint(&checkpoints_dir(&output), start, observer)?;
         let engine = match (&checkpoint, &config.model.path) {
             (Some(checkpoint), _) => {
-                let mut engine = Engine::uninitialised(config.clone(), blocks)?;
-                engine.restore(checkpoint)?;
+                let engine = Engine::load(config.clone(), blocks, checkpoint)?;
                 let position: DataPosition = serde_json::from_value(checkpoint.meta().data_position.clone())
                     .map_err(|error| Error::Failed(format!("the checkpoint's data position is unreadable: {error}")))?;
                 batches.seek(&position)?;
@@ -285,14 +284,7 @@ impl Session {
     fn meta(&self) -> Result<CheckpointMeta, Error> {
         let json = |error: serde_json::Error| Error::Failed(format!("the checkpoint's description: {error}"));
         Ok(CheckpointMeta {
-            step: self.engine.current_step(),
-            parameters: self.engine.plan().parameters,
-            config_toml: toml::to_string(&self.config)
-                .map_err(|error| Error::Failed(format!("the configuration cannot be written: {error}")))?,
             data_position: serde_json::to_value(self.batches.position()).map_err(json)?,
-            rng_seed: self.config.train.seed,
-            precision: self.engine.precision(),
-            tokenizer: self.config.data.tokenizer.clone(),
             model: serde_json::to_value(&self.model).map_err(json)?,
             loss_history_tail: self
                 .history
@@ -302,6 +294,7 @@ impl Session {
                 .rev()
                 .map(|point| (point.step, point.loss))
                 .collect(),
+            ..self.engine.meta()?
         })
     }
 

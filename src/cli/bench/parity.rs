@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use patrickstar_actors::health::ActorName;
-use patrickstar_actors::types::{Bytes, Precision, Step};
+use patrickstar_actors::types::{Bytes, Precision};
 use serde_json::{Value, json};
 
 use crate::Error;
-use crate::checkpoint::{self, CheckpointMeta};
+use crate::checkpoint;
 use crate::config::{Config, Placement, Policy, Schedule, Size};
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
@@ -193,23 +193,11 @@ fn quiet_planted_panics() {
 /// Saves, forgets, and loads into a new engine with another chunk size.
 fn resumed(engine: &Engine, config: &Config) -> Result<Engine, Error> {
     let root = std::env::temp_dir().join(format!("patrickstar-parity-{}", std::process::id()));
-    let meta = CheckpointMeta {
-        step: Step(engine.current_step().0),
-        parameters: engine.plan().parameters,
-        config_toml: String::new(),
-        data_position: Value::Null,
-        rng_seed: config.train.seed,
-        precision: engine.precision(),
-        tokenizer: "bytes".into(),
-        model: Value::Null,
-        loss_history_tail: Vec::new(),
-    };
-    engine.save(&root, 1, meta)?.finish()?;
+    engine.save(&root, 1, engine.meta()?)?.finish()?;
     let mut config = config.clone();
     config.memory.chunk = Size::Bytes(Bytes(96 << 10));
     let (_, blocks) = build(&mut config, &Tokenizer::Bytes)?;
-    let mut engine = Engine::uninitialised(config, blocks)?;
-    engine.restore(&checkpoint::latest(&root)?.0)?;
+    let engine = Engine::load(config, blocks, &checkpoint::latest(&root)?.0)?;
     std::fs::remove_dir_all(&root).map_err(|error| Error::io(&root, error))?;
     Ok(engine)
 }

@@ -50,8 +50,7 @@ impl Optimizer {
             .timeline
             .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
         let parameters: u64 = pieces.iter().map(|piece| piece.len as u64).sum();
-        states.lease.release(Pass::Other)?;
-        self.finish(message.group, tier, parameters)
+        self.finish(message.group, states.lease, parameters)
     }
 
     fn step(&self, states: &GroupStates, pieces: &[Piece], message: StepGroup) -> Result<(), RuntimeError> {
@@ -84,20 +83,20 @@ impl Optimizer {
         }
     }
 
-    fn finish(&self, group: GroupId, tier: Tier, parameters: u64) -> Result<(), RuntimeError> {
-        let mut table = self.shared.lock();
-        for &chunk in self.shared.layout.group_chunks(group, Kind::Gradient) {
-            table.drop_payload(chunk)?;
-        }
-        table.group_mut(group).pending_update = None;
-        match tier {
-            Tier::Device => table.stats.stepped_on_device += parameters,
-            Tier::Host | Tier::Disk => table.stats.stepped_on_host += parameters,
-        }
-        drop(table);
-        self.shared.changed.notify_all();
-        self.shared.ring();
-        Ok(())
+    fn finish(&self, group: GroupId, lease: Lease, parameters: u64) -> Result<(), RuntimeError> {
+        let tier = lease.tier();
+        // Together with the release: a gradient that eviction saw unleased could be on its way out when it is dropped.
+        lease.release_and(Pass::Other, |table| {
+            for &chunk in self.shared.layout.group_chunks(group, Kind::Gradient) {
+                table.drop_payload(chunk)?;
+            }
+            table.group_mut(group).pending_update = None;
+            match tier {
+                Tier::Device => table.stats.stepped_on_device += parameters,
+                Tier::Host | Tier::Disk => table.stats.stepped_on_host += parameters,
+            }
+            Ok(())
+        })
     }
 }
 

@@ -236,16 +236,28 @@ impl Lease {
     }
 
     /// Gives the chunks back, noting which pass used them.
-    pub fn release(mut self, pass: Pass) -> Result<(), RuntimeError> {
-        self.pass = pass;
-        self.give_back()
+    pub fn release(self, pass: Pass) -> Result<(), RuntimeError> {
+        self.release_and(pass, |_| Ok(()))
     }
 
-    fn give_back(&mut self) -> Result<(), RuntimeError> {
+    /// Gives the chunks back and changes the table before anybody else can see them unleased.
+    pub(crate) fn release_and(
+        mut self,
+        pass: Pass,
+        then: impl FnOnce(&mut Table) -> Result<(), RuntimeError>,
+    ) -> Result<(), RuntimeError> {
+        self.pass = pass;
+        self.give_back(then)
+    }
+
+    fn give_back(&mut self, then: impl FnOnce(&mut Table) -> Result<(), RuntimeError>) -> Result<(), RuntimeError> {
         if std::mem::replace(&mut self.released, true) {
             return Ok(());
         }
-        let result = self.shared.lock().release(self.tier, &self.chunks, self.pass);
+        let result = {
+            let mut table = self.shared.lock();
+            table.release(self.tier, &self.chunks, self.pass).and_then(|()| then(&mut table))
+        };
         self.shared.changed.notify_all();
         self.shared.ring();
         result
@@ -254,7 +266,7 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Err(error) = self.give_back() {
+        if let Err(error) = self.give_back(|_| Ok(())) {
             self.shared.fail(error);
         }
     }

@@ -24,4 +24,5 @@ pub use config::Config;
 pub use error::Error;
 pub use model::block::{Block, Context, Init, ParameterSpec};
 pub use model::param::Params;
+pub use model::tape::Activation;
 pub use train::{Batch, Engine, MicroBatch, StepReport};

@@ -4,14 +4,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::{D, Device, Tensor, Var};
+use patrickstar::model::compute::Compute;
 use patrickstar::model::gpt2::{Gpt2Config, blocks};
 use patrickstar::model::param::{Param, ParamTile};
-use patrickstar::model::recompute::{backward_with, into_leaf};
 use patrickstar::model::rng;
+use patrickstar::model::tape::Tape;
 use patrickstar::{Block, Context, ParameterSpec, Params};
 use patrickstar_actors::types::{Precision, Step};
 
@@ -57,7 +56,6 @@ impl Memory {
     }
 
     fn params(&mut self, block: &dyn Block, tile_panels: usize) -> Params {
-        let alive = Arc::new(AtomicBool::new(true));
         Params::new(block.parameters().iter().map(|spec| {
             let spec = self.specs.iter().find(|known| known.name == spec.name).unwrap();
             let columns: usize = spec.shape[1..].iter().product();
@@ -73,8 +71,10 @@ impl Memory {
                     gradient: gradient.wrapping_add(row * columns).cast(),
                 })
                 .collect();
+            let param = Param::new(&spec.name, &spec.shape, Precision::Fp32, spec.tile_rows);
             // SAFETY: the vectors outlive the parameters and are not resized.
-            unsafe { Param::new(&spec.name, &spec.shape, Precision::Fp32, tiles, spec.tile_rows, Arc::clone(&alive)) }
+            unsafe { param.bind(tiles) };
+            param
         }))
     }
 }
@@ -89,16 +89,7 @@ fn data() -> (Tensor, Tensor) {
 
 fn context(block: usize) -> Context {
     let counted = (0..BATCH * TIME).filter(|i| i % 6 != 5).count();
-    Context {
-        seed: 1,
-        step: Step(1),
-        micro: 0,
-        block,
-        training: true,
-        anchor: None,
-        targets: None,
-        target_count: counted,
-    }
+    Context { seed: 1, step: Step(1), micro: 0, block, training: true, targets: None, target_count: counted }
 }
 
 /// Loss, and gradients in `memory`, block by block with recompute as the engine does it.
@@ -107,27 +98,25 @@ fn run(blocks: &[Box<dyn Block>], memory: &mut Memory, backward: bool, tile_pane
     let mut inputs = vec![ids];
     for (index, block) in blocks[..blocks.len() - 1].iter().enumerate() {
         let params = memory.params(block.as_ref(), tile_panels);
-        inputs.push(block.forward(&inputs[index], &params, &context(index)).unwrap());
+        let input = Tape::forgetting(&Compute::Cpu).constant(inputs[index].clone());
+        inputs.push(block.forward(&input, &params, &context(index)).unwrap().tensor().unwrap());
     }
     let (mut upstream, mut loss) = (None, 0.0);
     for (index, block) in blocks.iter().enumerate().rev() {
         let params = memory.params(block.as_ref(), tile_panels);
         let mut ctx = context(index);
-        let input = &inputs[index];
-        let leaf =
-            into_leaf(&if index == 0 { Tensor::zeros((), DType::F32, &Device::Cpu).unwrap() } else { input.clone() })
-                .unwrap();
-        let input = if index == 0 { input.clone() } else { leaf.clone() };
-        ctx.anchor = (index == 0).then(|| leaf.clone());
+        let input = inputs[index].clone();
+        let tape = if backward { Tape::recording(&Compute::Cpu) } else { Tape::forgetting(&Compute::Cpu) };
+        let input = if index == 0 { tape.constant(input) } else { tape.input(input) };
         ctx.targets = (index == blocks.len() - 1).then(|| targets.clone());
         let output = block.forward(&input, &params, &ctx).unwrap();
         if index == blocks.len() - 1 {
-            loss = f64::from(output.to_scalar::<f32>().unwrap());
+            loss = f64::from(output.tensor().unwrap().to_scalar::<f32>().unwrap());
         }
         if !backward {
             return loss;
         }
-        upstream = backward_with(&output, upstream.as_ref(), &leaf).unwrap();
+        upstream = tape.backward(&output, upstream.take(), &input).unwrap();
     }
     loss
 }

@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor};
 use patrickstar::checkpoint;
 use patrickstar::config::Size;
 use patrickstar::model::{ops, rng};
-use patrickstar::{Batch, Block, Config, Context, Engine, Init, MicroBatch, ParameterSpec, Params};
+use patrickstar::{Activation, Batch, Block, Config, Context, Engine, Init, MicroBatch, ParameterSpec, Params};
 
 struct Dense {
     name: String,
@@ -32,7 +32,7 @@ impl Block for Dense {
         }]
     }
 
-    fn forward(&self, x: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+    fn forward(&self, x: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
         let weight = params.get(&format!("{}.weight", self.name))?;
         match &ctx.targets {
             Some(targets) if self.last => ops::linear_cross_entropy(x, weight, targets, ctx),

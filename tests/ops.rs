@@ -2,14 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-
 use candle_core::{DType, Device, Result, Tensor};
 use half::bf16;
+use patrickstar::model::compute::Compute;
 use patrickstar::model::ops;
 use patrickstar::model::param::{Param, ParamTile};
-use patrickstar::model::recompute::{backward_with, into_leaf};
+use patrickstar::model::tape::{Activation, Tape};
 use patrickstar::{Context, Init, model::rng};
 use patrickstar_actors::types::{Precision, Step};
 
@@ -64,9 +62,10 @@ impl Owned {
             })
             .collect();
         let panel = (self.rows_per_tile < self.shape[0]).then_some(self.rows_per_tile);
-        let alive = Arc::new(AtomicBool::new(true));
+        let param = Param::new(self.name, &self.shape, self.precision, panel);
         // SAFETY: the vectors outlive the parameter, which no test keeps, and are not resized.
-        unsafe { Param::new(self.name, &self.shape, self.precision, tiles, panel, alive) }
+        unsafe { param.bind(tiles) };
+        param
     }
 }
 
@@ -78,15 +77,21 @@ fn random(name: &str, elements: usize) -> Vec<f32> {
 
 fn context(training: bool) -> Context {
     let step = Step(3);
-    Context { seed: 9, step, micro: 1, block: 2, training, anchor: None, targets: None, target_count: 5 }
+    Context { seed: 9, step, micro: 1, block: 2, training, targets: None, target_count: 5 }
 }
 
-type Op<'a> = &'a dyn Fn(&Tensor, &[Param], &Context) -> Result<Tensor>;
+type Op<'a> = &'a dyn Fn(&Activation, &[Param], &Context) -> Result<Activation>;
+
+/// `x` on a tape that forgets.
+fn constant(x: &Tensor) -> Activation {
+    Tape::forgetting(&Compute::Cpu).constant(x.clone())
+}
 
 /// The sum of the outputs, each with a weight of its own, in double precision.
 fn loss(x: &Tensor, owned: &mut [Owned], op: Op<'_>) -> f64 {
     let params: Vec<Param> = owned.iter_mut().map(Owned::param).collect();
-    let out = op(x, &params, &context(true)).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let out = op(&constant(x), &params, &context(true)).unwrap().tensor().unwrap();
+    let out = out.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     out.iter().zip(upstream(out.len())).map(|(out, weight)| f64::from(*out) * f64::from(weight)).sum()
 }
 
@@ -97,17 +102,13 @@ fn upstream(elements: usize) -> Vec<f32> {
 /// Adds to the parameters' gradients and returns the input's.
 fn backward(x: &Tensor, owned: &mut [Owned], op: Op<'_>) -> Vec<f32> {
     let params: Vec<Param> = owned.iter_mut().map(Owned::param).collect();
-    let mut ctx = context(true);
-    // Integers have no gradient: an anchor ties their operation to the graph.
-    let anchored = x.dtype() != DType::F32;
-    let leaf = into_leaf(&if anchored { Tensor::zeros((), DType::F32, &Device::Cpu).unwrap() } else { x.clone() });
-    let leaf = leaf.unwrap();
-    ctx.anchor = anchored.then(|| leaf.clone());
-    let out = op(if anchored { x } else { &leaf }, &params, &ctx).unwrap();
-    let weights = Tensor::from_vec(upstream(out.elem_count()), out.shape(), &Device::Cpu).unwrap();
-    let scalar = out.elem_count() == 1;
-    let gradient = backward_with(&out, (!scalar).then_some(&weights), &leaf).unwrap();
-    gradient.filter(|_| !anchored).map_or(Vec::new(), |g| g.flatten_all().unwrap().to_vec1().unwrap())
+    let tape = Tape::recording(&Compute::Cpu);
+    // Integers have no gradient.
+    let input = if x.dtype() == DType::F32 { tape.input(x.clone()) } else { tape.constant(x.clone()) };
+    let out = op(&input, &params, &context(true)).unwrap();
+    let weights = Tensor::from_vec(upstream(out.elements()), out.dims(), &Device::Cpu).unwrap();
+    let gradient = tape.backward(&out, (out.elements() > 1).then_some(weights), &input).unwrap();
+    gradient.map_or(Vec::new(), |g| g.flatten_all().unwrap().to_vec1().unwrap())
 }
 
 fn close(what: &str, numeric: f64, analytic: f64, scale: f64, tolerance: f64) {
@@ -213,7 +214,7 @@ fn attention_sees_nothing_of_the_future() {
     let x = floats(&[1, 6, 24]);
     let later = Tensor::cat(&[&x.narrow(1, 0, 4).unwrap(), &(x.narrow(1, 4, 2).unwrap() + 3.0).unwrap()], 1).unwrap();
     let first = |x: &Tensor| {
-        let out = ops::causal_attention(x, 2).unwrap();
+        let out = ops::causal_attention(&constant(x), 2).unwrap().tensor().unwrap();
         out.narrow(1, 0, 4).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };
     assert_eq!(first(&x), first(&later));
@@ -225,7 +226,7 @@ fn embeddings() {
         let ids = Tensor::from_vec(vec![0u32, 3, 3, 9, 1, 3], (2, 3), &Device::Cpu).unwrap();
         let mut owned = [Owned::new("table", &[10, 4], precision)];
         owned[0].rows_per_tile = 4;
-        check("embedding", &ids, &mut owned, 1e-3, &|ids, p, ctx| ops::embedding(ids, &p[0], ctx));
+        check("embedding", &ids, &mut owned, 1e-3, &|ids, p, _| ops::embedding(ids, &p[0]));
         let mut owned = [Owned::new("positions", &[6, 4], precision)];
         let op: Op<'_> = &|x, p, _| ops::positional_embedding(x, &p[0]);
         check("positions", &floats(&[2, 5, 4]), &mut owned, 1e-3, op);
@@ -249,7 +250,9 @@ fn cross_entropy() {
 fn dropout() {
     check("dropout", &floats(&[300]), &mut [], 1e-3, &|x, _, ctx| ops::dropout(x, 0.3, ctx, 4));
     let ones = Tensor::ones(100_000, DType::F32, &Device::Cpu).unwrap();
-    let mask = |ctx: &Context, op| ops::dropout(&ones, 0.3, ctx, op).unwrap().to_vec1::<f32>().unwrap();
+    let mask = |ctx: &Context, op| {
+        ops::dropout(&constant(&ones), 0.3, ctx, op).unwrap().tensor().unwrap().to_vec1::<f32>().unwrap()
+    };
     let (ctx, mut other) = (context(true), context(true));
     other.micro = 2;
     let first = mask(&ctx, 0);
@@ -266,14 +269,14 @@ fn dropout() {
 fn shapes_that_do_not_fit_are_errors() {
     let ctx = context(true);
     let mut owned = Owned::new("w", &[7, 5], Precision::Fp32);
-    let (w, x) = (owned.param(), floats(&[2, 3, 4]));
+    let (w, x) = (owned.param(), constant(&floats(&[2, 3, 4])));
     let ids = Tensor::from_vec(vec![7u32], (1, 1), &Device::Cpu).unwrap();
     let errors = [
         ops::linear(&x, &w, None),
         ops::layer_norm(&x, &w, &w, 1e-5),
         ops::causal_attention(&x, 3),
         ops::causal_attention(&x, 0),
-        ops::embedding(&ids, &w, &ctx),
+        ops::embedding(&constant(&ids), &w),
         ops::positional_embedding(&x, &w),
         ops::linear_cross_entropy(&x, &w, &ids, &ctx),
         ops::dropout(&x, 1.0, &ctx, 0),

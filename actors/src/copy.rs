@@ -62,11 +62,17 @@ impl CopyStream {
     fn copy(&mut self, claimed: &Move) -> Result<(), RuntimeError> {
         let bytes = self.shared.chunk_bytes().0 as usize;
         let (to, slot) = claimed.to;
+        let events = {
+            let table = self.shared.lock();
+            let from = claimed.from.and_then(|(tier, slot)| table.slot_event(tier, slot));
+            [from, table.slot_event(to, slot)]
+        };
+        let order = |stream: &mut dyn Stream| events.iter().flatten().try_for_each(|event| stream.wait(event));
         match claimed.from {
             None => {
                 let target = self.shared.address(to, slot);
                 // SAFETY: the destination slot is marked `Filling` for this move, so nobody else reads or writes it.
-                self.on_stream(|stream| unsafe { stream.zero(target, bytes) })?;
+                self.on_stream(|stream| order(stream).and_then(|()| unsafe { stream.zero(target, bytes) }))?;
             }
             Some((Tier::Disk, source)) => self.disk_read(source, slot, bytes)?,
             Some((_, source)) if to == Tier::Disk => self.disk_write(source, slot, bytes)?,
@@ -74,7 +80,7 @@ impl CopyStream {
                 let (source, target) = (self.shared.address(from, source), self.shared.address(to, slot));
                 // SAFETY: two slots of two arenas never overlap; a moving chunk cannot be leased, so the source is not
                 // written, and the destination is marked `Filling` for this move.
-                self.on_stream(|stream| unsafe { stream.copy(source, target, bytes) })?;
+                self.on_stream(|stream| order(stream).and_then(|()| unsafe { stream.copy(source, target, bytes) }))?;
             }
         }
         Ok(())

@@ -15,6 +15,8 @@
 pub mod adam;
 pub mod chunk;
 mod copy;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod error;
 mod eviction;
 pub mod health;

@@ -12,6 +12,7 @@ use crate::adam::{PIECE, StepScalars, step_bf16, step_fp32};
 use crate::chunk::{Pass, Tile};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
+use crate::memory::{DeviceMath, StateAddresses};
 use crate::reduction::StepGroup;
 use crate::shared::{Lease, Shared};
 use crate::table::{Access, Requester};
@@ -44,8 +45,10 @@ impl Optimizer {
         let tier = self.shared.side(message.group);
         let states = GroupStates::lease(&self.shared, message.group, tier)?;
         let start = self.shared.timeline.now();
-        let pieces = pieces_of(&self.shared, message.group);
-        self.step(&states, &pieces, message)?;
+        let math = self.shared.math.as_deref().filter(|_| tier == Tier::Device);
+        // A device steps a piece in one launch; the host's are small enough to share out.
+        let pieces = pieces_of(&self.shared, message.group, if math.is_some() { usize::MAX } else { PIECE });
+        self.step(&states, &pieces, message, math)?;
         self.shared
             .timeline
             .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
@@ -53,7 +56,13 @@ impl Optimizer {
         self.finish(message.group, states.lease, parameters)
     }
 
-    fn step(&self, states: &GroupStates, pieces: &[Piece], message: StepGroup) -> Result<(), RuntimeError> {
+    fn step(
+        &self,
+        states: &GroupStates,
+        pieces: &[Piece],
+        message: StepGroup,
+        math: Option<&dyn DeviceMath>,
+    ) -> Result<(), RuntimeError> {
         let index = message.group.0 as usize;
         let (step, mut done) = std::mem::take(&mut self.shared.stepped()[index]);
         if step != message.step {
@@ -63,22 +72,23 @@ impl Optimizer {
         let flags: Vec<AtomicBool> = done.into_iter().map(AtomicBool::new).collect();
         let (first, rest) = pieces.split_at(pieces.len() / 2);
         let run = |offset: usize, pieces: &[Piece]| {
-            pieces.par_iter().enumerate().for_each(|(i, &piece)| {
-                let flag = &flags[offset + i];
-                if !flag.load(Ordering::Acquire) {
-                    states.update(piece, &message.scalars);
-                    flag.store(true, Ordering::Release);
+            let flags = &flags[offset..offset + pieces.len()];
+            match math {
+                Some(math) => run_on_device(states, pieces, flags, &message.scalars, math),
+                None => {
+                    self.pool.install(|| run_on_host(states, pieces, flags, &message.scalars));
+                    Ok(())
                 }
-            });
+            }
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            self.pool.install(|| run(0, first));
+            run(0, first)?;
             self.shared.health.fault_point(ActorName::Optimizer);
-            self.pool.install(|| run(first.len(), rest));
+            run(first.len(), rest)
         }));
         self.shared.stepped()[index] = (message.step, flags.into_iter().map(AtomicBool::into_inner).collect());
         match outcome {
-            Ok(()) => Ok(()),
+            Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
         }
     }
@@ -100,8 +110,34 @@ impl Optimizer {
     }
 }
 
-/// Pieces in a fixed order: tensors in order, cut at chunk halves and at `PIECE`.
-fn pieces_of(shared: &Shared, group: GroupId) -> Vec<Piece> {
+fn run_on_host(states: &GroupStates, pieces: &[Piece], flags: &[AtomicBool], scalars: &StepScalars) {
+    pieces.par_iter().zip(flags).for_each(|(&piece, flag)| {
+        if !flag.load(Ordering::Acquire) {
+            states.update(piece, scalars);
+            flag.store(true, Ordering::Release);
+        }
+    });
+}
+
+/// Queues the pieces that are left, and notes them when all are done.
+fn run_on_device(
+    states: &GroupStates,
+    pieces: &[Piece],
+    flags: &[AtomicBool],
+    scalars: &StepScalars,
+    math: &dyn DeviceMath,
+) -> Result<(), RuntimeError> {
+    for (&piece, _) in pieces.iter().zip(flags).filter(|(_, flag)| !flag.load(Ordering::Acquire)) {
+        // SAFETY: the piece lies inside the leased chunks by construction, and no other piece overlaps it.
+        unsafe { math.step(states.precision, scalars, piece.decay, states.addresses(piece), piece.len)? };
+    }
+    math.finish()?;
+    flags.iter().for_each(|flag| flag.store(true, Ordering::Release));
+    Ok(())
+}
+
+/// Pieces in a fixed order: tensors in order, cut at chunk halves and at `largest` elements.
+fn pieces_of(shared: &Shared, group: GroupId, largest: usize) -> Vec<Piece> {
     let layout = &shared.layout;
     let part = layout.part_elements();
     let mut pieces = Vec::new();
@@ -111,7 +147,7 @@ fn pieces_of(shared: &Shared, group: GroupId) -> Vec<Piece> {
         let (mut start, end) = (offset, offset + rows * spec.columns);
         while start < end {
             let part_end = (start / part + 1) * part;
-            let len = PIECE.min(end - start).min(part_end - start);
+            let len = largest.min(end - start).min(part_end - start);
             pieces.push(Piece { start, len, decay: spec.decay });
             start += len;
         }
@@ -159,24 +195,38 @@ impl GroupStates {
         })
     }
 
+    /// Where the states of a piece begin. Under bf16 the fp32 states of a group take two chunks each; pieces never cross
+    /// the boundary.
+    fn addresses(&self, piece: Piece) -> StateAddresses {
+        let (part, inner) = (piece.start / self.part_elements, piece.start % self.part_elements);
+        let size = if self.precision.is_half() { 2 } else { 4 };
+        let at = |base: *mut u8| if base.is_null() { base } else { base.wrapping_add(piece.start * size) };
+        StateAddresses {
+            weight: at(self.weight),
+            low: at(self.low),
+            momentum: self.momentum[part].wrapping_add(4 * inner),
+            variance: self.variance[part].wrapping_add(4 * inner),
+            gradient: at(self.gradient),
+        }
+    }
+
     fn update(&self, piece: Piece, scalars: &StepScalars) {
-        let Piece { start, len, decay } = piece;
-        // Under bf16 the fp32 states of a group take two chunks each; pieces never cross the boundary.
-        let (part, inner) = (start / self.part_elements, start % self.part_elements);
+        let Piece { len, decay, .. } = piece;
+        let at = self.addresses(piece);
         // SAFETY: the piece lies inside the leased chunks by construction, and no other piece overlaps it.
         unsafe {
-            let momentum = std::slice::from_raw_parts_mut(self.momentum[part].cast::<f32>().add(inner), len);
-            let variance = std::slice::from_raw_parts_mut(self.variance[part].cast::<f32>().add(inner), len);
+            let momentum = std::slice::from_raw_parts_mut(at.momentum.cast::<f32>(), len);
+            let variance = std::slice::from_raw_parts_mut(at.variance.cast::<f32>(), len);
             match self.precision {
                 Precision::Fp32 => {
-                    let weight = std::slice::from_raw_parts_mut(self.weight.cast::<f32>().add(start), len);
-                    let gradient = std::slice::from_raw_parts(self.gradient.cast::<f32>().add(start), len);
+                    let weight = std::slice::from_raw_parts_mut(at.weight.cast::<f32>(), len);
+                    let gradient = std::slice::from_raw_parts(at.gradient.cast::<f32>(), len);
                     step_fp32(scalars, decay, weight, momentum, variance, gradient);
                 }
                 Precision::Bf16 => {
-                    let weight = std::slice::from_raw_parts_mut(self.weight.cast::<u16>().add(start), len);
-                    let low = std::slice::from_raw_parts_mut(self.low.cast::<u16>().add(start), len);
-                    let gradient = std::slice::from_raw_parts(self.gradient.cast::<u16>().add(start), len);
+                    let weight = std::slice::from_raw_parts_mut(at.weight.cast::<u16>(), len);
+                    let low = std::slice::from_raw_parts_mut(at.low.cast::<u16>(), len);
+                    let gradient = std::slice::from_raw_parts(at.gradient.cast::<u16>(), len);
                     step_bf16(scalars, decay, weight, low, momentum, variance, gradient);
                 }
             }

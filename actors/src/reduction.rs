@@ -80,17 +80,24 @@ impl Reduction {
     fn measure(&self, group: GroupId) -> Result<Vec<Vec<f64>>, RuntimeError> {
         let lease = self.lease_where_it_is(group)?;
         let start = self.shared.timeline.now();
-        let sums = self.shared.layout.group_tiles(group).iter().map(|tile| self.row_sums(&lease, tile)).collect();
+        let tiles = self.shared.layout.group_tiles(group).iter();
+        let sums = tiles.map(|tile| self.row_sums(&lease, tile)).collect::<Result<_, _>>()?;
         self.shared.timeline.span(Track::Reduction, start, None, Bytes(0), || format!("reduce {group}"));
         lease.release(Pass::Backward)?;
         Ok(sums)
     }
 
-    fn row_sums(&self, lease: &Lease, tile: &Tile) -> Vec<f64> {
+    fn row_sums(&self, lease: &Lease, tile: &Tile) -> Result<Vec<f64>, RuntimeError> {
         let columns = self.shared.layout.tensors()[tile.tensor.0 as usize].columns;
         let elements = tile.rows * columns;
         let base = lease.address(0);
-        match self.shared.layout.precision() {
+        let precision = self.shared.layout.precision();
+        if let Some(math) = self.shared.math.as_deref().filter(|_| lease.tier() == Tier::Device) {
+            let size = if precision.is_half() { 2 } else { 4 };
+            // SAFETY: the layout puts the tile inside the leased gradient chunk.
+            return Ok(unsafe { math.row_sums(precision, base.wrapping_add(tile.offset * size), tile.rows, columns)? });
+        }
+        Ok(match precision {
             Precision::Fp32 => {
                 // SAFETY: the layout puts the tile inside the leased gradient chunk.
                 let gradient = unsafe { std::slice::from_raw_parts(base.cast::<f32>().add(tile.offset), elements) };
@@ -101,7 +108,7 @@ impl Reduction {
                 let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
                 gradient.par_chunks(columns).map(sum_of_squares_bf16).collect()
             }
-        }
+        })
     }
 
     /// A gradient is measured in the tier where it lies, so that reducing never moves a chunk.

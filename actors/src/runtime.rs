@@ -131,6 +131,8 @@ impl Runtime {
             disk,
             table: Mutex::new(table),
             changed: Condvar::new(),
+            backend: Arc::clone(&backend),
+            math: backend.math()?,
             policies: RwLock::new(config.eviction),
             plan: RwLock::new(None),
             moment_budgets: RwLock::new(None),

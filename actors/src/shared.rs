@@ -7,7 +7,7 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::Health;
-use crate::memory::{DiskTier, Slab, SlotIndex};
+use crate::memory::{Backend, DeviceMath, DiskTier, Slab, SlotIndex};
 use crate::schedule::{Policy, StaticSet, Trace};
 use crate::stats::StallCause;
 use crate::system::Ring;
@@ -49,6 +49,9 @@ pub(crate) struct Shared {
     pub layout: Layout,
     pub table: Mutex<Table>,
     pub changed: Condvar,
+    pub backend: Arc<dyn Backend>,
+    /// Arithmetic on device chunks, where the host cannot do it there.
+    pub math: Option<Box<dyn DeviceMath>>,
     pub device: Box<dyn Slab>,
     pub host: Box<dyn Slab>,
     pub disk: Option<DiskTier>,
@@ -170,14 +173,27 @@ impl Shared {
         if queued || is_compute {
             self.ring();
         }
+        if !is_compute {
+            self.wait_for_model(tier, &slots)?;
+        }
         Ok(Lease {
             addresses: slots.iter().map(|&slot| self.address(tier, slot)).collect(),
             shared: Arc::clone(self),
+            is_compute,
             tier,
             chunks: request.chunks,
             pass: Pass::Forward,
             released: false,
         })
+    }
+
+    /// Waits until the model is done with what it queued on `slots`.
+    fn wait_for_model(&self, tier: Tier, slots: &[SlotIndex]) -> Result<(), RuntimeError> {
+        let events: Vec<_> = {
+            let table = self.lock();
+            slots.iter().filter_map(|&slot| table.slot_event(tier, slot)).collect()
+        };
+        events.iter().try_for_each(|event| Ok(event.synchronize()?))
     }
 
     /// Where a group's update is computed.
@@ -206,6 +222,7 @@ pub struct Lease {
     tier: Tier,
     chunks: Vec<(ChunkId, Access)>,
     addresses: Vec<*mut u8>,
+    is_compute: bool,
     pass: Pass,
     released: bool,
 }
@@ -254,9 +271,10 @@ impl Lease {
         if std::mem::replace(&mut self.released, true) {
             return Ok(());
         }
+        let until = if self.is_compute { self.shared.backend.compute_event()? } else { None };
         let result = {
             let mut table = self.shared.lock();
-            table.release(self.tier, &self.chunks, self.pass).and_then(|()| then(&mut table))
+            table.release(self.tier, &self.chunks, self.pass, until.as_ref()).and_then(|()| then(&mut table))
         };
         self.shared.changed.notify_all();
         self.shared.ring();

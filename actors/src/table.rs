@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::chunk::{ChunkEvent, ChunkState, Layout, Pass};
 use crate::error::RuntimeError;
-use crate::memory::{SlotAllocator, SlotIndex};
+use crate::memory::{Event, SlotAllocator, SlotIndex};
 use crate::stats::{Direction, Reason, StallCause, Stats};
 use crate::types::{Bytes, ChunkId, GroupId, Moment, Step, Tier};
 
@@ -148,6 +148,9 @@ pub(crate) struct Table {
     /// Device slots in use at most since the moment began.
     pub moment_peak: u32,
     pub failed: Option<RuntimeError>,
+    /// For each device slot the end of the last work that the model queued on it: the model runs behind the thread that
+    /// queues it, so a slot may still be read when its chunk is not leased any more.
+    device_events: Vec<Option<Event>>,
     chunk_bytes: Bytes,
     next_id: u64,
 }
@@ -169,6 +172,7 @@ impl Table {
             entries: entries.collect(),
             groups: vec![GroupState::default(); layout.group_count()],
             budget: std::array::from_fn(|tier| slots[tier].capacity()),
+            device_events: vec![None; slots[Tier::Device.index()].capacity() as usize],
             slots,
             moves: BTreeMap::new(),
             requests: VecDeque::new(),
@@ -361,9 +365,25 @@ impl Table {
         Ok(slots)
     }
 
-    /// Gives leases back.
-    pub fn release(&mut self, tier: Tier, chunks: &[(ChunkId, Access)], pass: Pass) -> Result<(), RuntimeError> {
+    /// What must be over before anybody but the model touches a slot.
+    pub fn slot_event(&self, tier: Tier, slot: SlotIndex) -> Option<Event> {
+        (tier == Tier::Device).then(|| self.device_events.get(slot.0 as usize)?.clone()).flatten()
+    }
+
+    /// Gives leases back; `until` is the end of what was queued on the chunks.
+    pub fn release(
+        &mut self,
+        tier: Tier,
+        chunks: &[(ChunkId, Access)],
+        pass: Pass,
+        until: Option<&Event>,
+    ) -> Result<(), RuntimeError> {
         for &(chunk, access) in chunks {
+            if let (Some(event), Some(slot)) = (until, self.entry(chunk).place[tier.index()].valid())
+                && let Some(place) = self.device_events.get_mut(slot.0 as usize)
+            {
+                *place = Some(event.clone());
+            }
             let entry = self.entry_mut(chunk);
             entry.leases[tier.index()] = entry.leases[tier.index()].saturating_sub(1);
             if access != Access::Read {

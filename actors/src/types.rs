@@ -118,6 +118,11 @@ impl Precision {
         }
     }
 
+    /// Whether weights and gradients take 16 bits.
+    pub fn is_half(self) -> bool {
+        self == Precision::Bf16
+    }
+
     /// Bytes a parameter occupies across steps (12 in both precisions).
     pub fn state_bytes(self) -> u64 {
         self.persistent_kinds().iter().filter_map(|&kind| self.element_bytes(kind)).sum::<usize>() as u64

@@ -13,10 +13,10 @@ pub use keys::KeyInfo;
 pub use load::{Loaded, Sources};
 pub use origin::{Origin, Origins};
 pub use sections::{
-    Actors, Checkpoint, Copy, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
+    Actors, Checkpoint, Compute, Copy, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
 };
 pub use validate::SHAPES;
-pub use values::{OptimizerKind, Placement, Policy, Schedule, Size};
+pub use values::{DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,8 @@ use serde::{Deserialize, Serialize};
 pub struct Config {
     /// The model that is trained.
     pub model: Model,
+    /// Where the model computes.
+    pub compute: Compute,
     /// What each tier may use.
     pub memory: Memory,
     /// The training loop.

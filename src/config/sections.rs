@@ -6,7 +6,7 @@ use patrickstar_actors::types::{Bytes, Precision};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::{OptimizerKind, Placement, Policy, Schedule, Size, bytes};
+use super::values::{DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes};
 
 /// The model that is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -52,6 +52,16 @@ impl Default for Model {
     }
 }
 
+/// Where the model computes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Compute {
+    /// "cpu", "cuda", or "auto": the GPU in a program built for one, else the host.
+    pub device: DeviceKind,
+    /// Number of the GPU, as the driver counts.
+    pub ordinal: usize,
+}
+
 /// What each tier may use.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -92,6 +102,8 @@ pub struct Train {
     pub micro_batches: usize,
     /// Tokens a sequence; at most `model.context`.
     pub seq_len: usize,
+    /// What the backward pass computes again: "full" keeps the inputs of blocks only, "none" keeps all activations.
+    pub recompute: Recompute,
     /// Highest learning rate.
     pub lr: f64,
     /// Learning rate at the last step.
@@ -131,6 +143,7 @@ impl Default for Train {
             batch: 8,
             micro_batches: 1,
             seq_len: 1024,
+            recompute: Recompute::Full,
             lr: 3e-4,
             min_lr: 0.0,
             schedule: Schedule::Cosine,

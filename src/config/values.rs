@@ -65,6 +65,30 @@ words! {
 }
 
 words! {
+    /// Where the model computes.
+    DeviceKind {
+        /// On the GPU in a program built for one, else on the host.
+        #[default]
+        Auto = "auto",
+        /// On the cores of the host.
+        Cpu = "cpu",
+        /// On an NVIDIA GPU.
+        Cuda = "cuda",
+    }
+}
+
+words! {
+    /// What the backward pass computes again instead of keeping it.
+    Recompute {
+        /// Everything inside a block: only the inputs of blocks are kept.
+        #[default]
+        Full = "full",
+        /// Nothing: all activations are kept.
+        None = "none",
+    }
+}
+
+words! {
     /// How the learning rate changes after the warm-up.
     Schedule {
         /// Half a cosine from `lr` to `min_lr`.

@@ -4,6 +4,7 @@ use candle_core::{Result, Tensor};
 use patrickstar_actors::types::Step;
 
 use super::param::Params;
+use super::tape::Activation;
 
 /// How a parameter begins; drawn from a counter-based generator, so the bits depend on seed and name alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -53,9 +54,7 @@ pub struct Context {
     pub block: usize,
     /// Dropout is active.
     pub training: bool,
-    /// A tracked scalar for operations whose input cannot carry a graph (token ids); `None` in passes without a graph.
-    pub anchor: Option<Tensor>,
-    /// What the last block compares with; `None` asks it for its prediction (logits).
+    /// What the last block compares with, in host memory; `None` asks it for its prediction (logits).
     pub targets: Option<Tensor>,
     /// Targets that count in the whole batch, all micro-batches together: the loss is a sum divided by this.
     pub target_count: usize,
@@ -69,6 +68,7 @@ pub trait Block: Send {
     fn name(&self) -> &str;
     /// The parameters it uses, in definition order.
     fn parameters(&self) -> Vec<ParameterSpec>;
-    /// Output for one micro-batch. The last block returns the scalar loss when `ctx.targets` is set.
-    fn forward(&self, input: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor>;
+    /// Output for one micro-batch, by the operations in [`super::ops`]. The last block returns the scalar loss when
+    /// `ctx.targets` is set.
+    fn forward(&self, input: &Activation, params: &Params, ctx: &Context) -> Result<Activation>;
 }

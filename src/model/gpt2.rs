@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 use serde::{Deserialize, Serialize};
 
 use super::block::{Block, Context, Init, ParameterSpec};
 use super::hf;
 use super::ops;
-use super::param::Params;
+use super::param::{Param, Params};
+use super::tape::Activation;
 use crate::config::Config;
 use crate::error::Error;
 
@@ -37,8 +38,13 @@ pub struct Gpt2Config {
     pub initializer_range: f32,
 }
 
-/// Rows of a panel of the embedding and the head.
-const PANEL_ROWS: usize = 256;
+/// Most rows of a panel of the embedding and the head, by vocabulary: small chunks for small models, products of full
+/// speed for large ones. Multiples of 128, so that panels stay aligned.
+fn panel_rows(rows: usize) -> usize {
+    let panel = if rows < 16 << 10 { 256 } else { 8 << 10 };
+    panel.min(rows)
+}
+
 /// Vocabulary of the benchmark shapes: GPT-2's, padded to a multiple of 128.
 pub const BENCHMARK_VOCABULARY: usize = 50_304;
 
@@ -67,19 +73,48 @@ pub fn model_flops(model: &Gpt2Config, tokens: u64, seq_len: u64) -> f64 {
     6.0 * weights * tokens as f64 + 6.0 * layers * tokens as f64 * seq_len as f64 * d
 }
 
-/// Peak of non-model memory in a step: the boundaries of all micro-batches and the graph of one block with its
-/// gradients. A layer keeps 18 widths of activations; candle's engine holds as many again in gradients while it runs.
-pub fn activation_bytes(model: &Gpt2Config, micro_batch: usize, micro_batches: usize, seq_len: usize) -> u64 {
-    let tokens = (micro_batch * seq_len) as u64;
-    let activation = tokens * model.hidden as u64 * 4;
-    let boundaries = activation * (model.layers as u64 + 1) * micro_batches as u64;
-    let block = activation * 18 * 2 + activation * 4;
-    let head = tokens.min(256) * model.vocab as u64 * 4 + activation * 6;
-    // Each head in work holds two time x time matrices.
-    let attention = 2 * (seq_len * seq_len * 4) as u64 * rayon::current_num_threads() as u64;
-    // Packing buffers of the matrix products, whatever the model's size.
-    let packing = 2 << 20;
-    packing + boundaries + micro_batches as u64 * activation + (block + attention).max(head)
+/// What decides the memory of activations.
+#[derive(Clone, Copy, Debug)]
+pub struct StepShape {
+    /// Sequences of a micro-batch.
+    pub micro_batch: usize,
+    /// Micro-batches of a step.
+    pub micro_batches: usize,
+    /// Tokens of a sequence.
+    pub seq_len: usize,
+    /// Activations inside blocks are kept instead of computed again.
+    pub keep: bool,
+    /// On a GPU.
+    pub gpu: bool,
+    /// Bytes of an activation.
+    pub element_bytes: usize,
+}
+
+/// Widths of activations that a layer keeps for its backward: two norms, queries, keys and values, attention, the middle
+/// of the residual stream, and four each before and after GELU.
+const KEPT_WIDTHS: u64 = 15;
+/// Widths that the backward of a layer needs beside: gradients before and after GELU, and of the residual stream.
+const BACKWARD_WIDTHS: u64 = 10;
+
+/// Peak of non-model memory in a step: the inputs of blocks of all micro-batches, what layers keep, and the backward of
+/// one block.
+pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
+    let tokens = shape.micro_batch * shape.seq_len;
+    let activation = (tokens * model.hidden * shape.element_bytes) as u64;
+    let micro_batches = shape.micro_batches as u64;
+    let boundaries = activation * (model.layers as u64 + 2) * micro_batches;
+    let kept_layers = if shape.keep { model.layers as u64 * micro_batches } else { 1 };
+    let block = activation * BACKWARD_WIDTHS;
+    let (head_tokens, extra) = if shape.gpu {
+        // Partial sums and the workspace of the matrix products.
+        (ops::cross_entropy::tokens_per_block(tokens, model.vocab), 64 << 20)
+    } else {
+        // Each head in work holds two time x time matrices; products pack their operands.
+        let attention = 2 * (shape.seq_len * shape.seq_len * 4) as u64 * rayon::current_num_threads() as u64;
+        (tokens.min(256), attention + (2 << 20))
+    };
+    let head = (head_tokens * model.vocab * 4) as u64 + activation * 4;
+    extra + boundaries + activation * KEPT_WIDTHS * kept_layers + block.max(head)
 }
 
 impl Gpt2Config {
@@ -153,7 +188,7 @@ fn table(name: &str, rows: usize, columns: usize, std: f32) -> ParameterSpec {
         shape: vec![rows, columns],
         init: Init::Normal { std },
         decay: true,
-        tile_rows: Some(PANEL_ROWS.min(rows)),
+        tile_rows: Some(panel_rows(rows)),
     }
 }
 
@@ -182,8 +217,8 @@ impl Block for EmbeddingBlock {
         ]
     }
 
-    fn forward(&self, ids: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
-        let x = ops::embedding(ids, params.get(TOKENS)?, ctx)?;
+    fn forward(&self, ids: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
+        let x = ops::embedding(ids, params.get(TOKENS)?)?;
         let x = ops::positional_embedding(&x, params.get(POSITIONS)?)?;
         ops::dropout(&x, self.model.dropout, ctx, 0)
     }
@@ -211,14 +246,35 @@ impl LayerBlock {
         [weight, vector(format!("{}.{name}.bias", self.prefix), out, Init::Zeros)]
     }
 
-    fn apply(&self, x: &Tensor, params: &Params, name: &str) -> Result<Tensor> {
-        let weight = params.get(&format!("{}.{name}.weight", self.prefix))?;
-        ops::linear(x, weight, Some(params.get(&format!("{}.{name}.bias", self.prefix))?))
+    fn weights<'a>(&self, params: &'a Params, name: &str) -> Result<(&'a Param, &'a Param)> {
+        let get = |part: &str| params.get(&format!("{}.{name}.{part}", self.prefix));
+        Ok((get("weight")?, get("bias")?))
     }
 
-    fn norm(&self, x: &Tensor, params: &Params, name: &str) -> Result<Tensor> {
-        let weight = params.get(&format!("{}.{name}.weight", self.prefix))?;
-        let bias = params.get(&format!("{}.{name}.bias", self.prefix))?;
+    fn apply(&self, x: &Activation, params: &Params, name: &str) -> Result<Activation> {
+        let (weight, bias) = self.weights(params, name)?;
+        ops::linear(x, weight, Some(bias))
+    }
+
+    /// `residual + dropout(linear(x))`.
+    fn apply_to(
+        &self,
+        residual: &Activation,
+        x: &Activation,
+        params: &Params,
+        name: &str,
+        (ctx, op): (&Context, u32),
+    ) -> Result<Activation> {
+        if self.model.dropout > 0.0 && ctx.training {
+            let branch = ops::dropout(&self.apply(x, params, name)?, self.model.dropout, ctx, op)?;
+            return ops::add(residual, &branch);
+        }
+        let (weight, bias) = self.weights(params, name)?;
+        ops::linear_add(x, weight, Some(bias), residual)
+    }
+
+    fn norm(&self, x: &Activation, params: &Params, name: &str) -> Result<Activation> {
+        let (weight, bias) = self.weights(params, name)?;
         ops::layer_norm(x, weight, bias, self.model.layer_norm_eps)
     }
 }
@@ -242,15 +298,13 @@ impl Block for LayerBlock {
         parameters
     }
 
-    fn forward(&self, x: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
-        let p = self.model.dropout;
+    fn forward(&self, x: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
         let qkv = self.apply(&self.norm(x, params, "ln_1")?, params, "attn.c_attn")?;
-        let attended = self.apply(&ops::causal_attention(&qkv, self.model.heads)?, params, "attn.c_proj")?;
-        let x = (x + ops::dropout(&attended, p, ctx, 0)?)?;
+        let attended = ops::causal_attention(&qkv, self.model.heads)?;
+        let x = self.apply_to(x, &attended, params, "attn.c_proj", (ctx, 0))?;
         let up = self.apply(&self.norm(&x, params, "ln_2")?, params, "mlp.c_fc")?;
         let active = if self.model.exact_gelu { ops::gelu_erf(&up)? } else { ops::gelu_tanh(&up)? };
-        let down = self.apply(&active, params, "mlp.c_proj")?;
-        &x + ops::dropout(&down, p, ctx, 1)?
+        self.apply_to(&x, &active, params, "mlp.c_proj", (ctx, 1))
     }
 }
 
@@ -275,7 +329,7 @@ impl Block for HeadBlock {
         parameters
     }
 
-    fn forward(&self, x: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+    fn forward(&self, x: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
         let (weight, bias) = (params.get("transformer.ln_f.weight")?, params.get("transformer.ln_f.bias")?);
         let x = ops::layer_norm(x, weight, bias, self.model.layer_norm_eps)?;
         let head = params.get(self.weight())?;
@@ -296,7 +350,7 @@ pub fn blocks_with_decay(model: &Gpt2Config) -> Vec<Box<dyn Block>> {
         fn parameters(&self) -> Vec<ParameterSpec> {
             self.0.parameters().into_iter().map(|spec| ParameterSpec { decay: true, ..spec }).collect()
         }
-        fn forward(&self, input: &Tensor, params: &Params, ctx: &Context) -> Result<Tensor> {
+        fn forward(&self, input: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
             self.0.forward(input, params, ctx)
         }
     }

@@ -4,9 +4,12 @@
 //! operations in [`ops`] read them from chunk memory and write their gradients straight into gradient chunks.
 
 pub mod block;
+pub mod compute;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod gpt2;
 pub mod hf;
 pub mod ops;
 pub mod param;
-pub mod recompute;
 pub mod rng;
+pub mod tape;

@@ -1,8 +1,7 @@
 //! Leased parameters: zero-copy windows on weight and gradient chunks.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, bail};
 use half::bf16;
@@ -21,22 +20,28 @@ pub struct ParamTile {
     pub gradient: *mut u8,
 }
 
-// SAFETY: the pointers are only dereferenced through `Param`, which checks that the lease they came from is alive; the
+// SAFETY: the pointers are only dereferenced through `Param`, which forgets them when the lease they came from ends; the
 // runtime hands a gradient tile to one compute thread at a time.
 unsafe impl Send for ParamTile {}
 // SAFETY: as above.
 unsafe impl Sync for ParamTile {}
 
-/// A parameter that may be used while the lease it came from lives. Cheap to clone into custom operations.
+/// A parameter of a block. It is bound to chunks for the time of a lease; all its clones, in whatever an operation keeps
+/// for its backward, are bound and released with it.
 #[derive(Clone, Debug)]
 pub struct Param {
-    name: Arc<str>,
-    shape: Arc<[usize]>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    name: Box<str>,
+    shape: Box<[usize]>,
     precision: Precision,
-    tiles: Arc<[ParamTile]>,
     /// Panel height for tiled parameters; the number of rows otherwise.
     panel_rows: usize,
-    alive: Arc<AtomicBool>,
+    /// Empty while no lease is held.
+    tiles: RwLock<Vec<ParamTile>>,
 }
 
 /// Weight elements of one tile.
@@ -58,93 +63,89 @@ pub enum GradientSlice<'a> {
 }
 
 impl Param {
+    /// A parameter that no lease has bound yet. `panel_rows` is the height of a panel where it may be tiled.
+    pub fn new(name: &str, shape: &[usize], precision: Precision, panel_rows: Option<usize>) -> Self {
+        let panel_rows = panel_rows.unwrap_or(shape.first().copied().unwrap_or(1));
+        let inner =
+            Inner { name: name.into(), shape: shape.into(), precision, panel_rows, tiles: RwLock::new(Vec::new()) };
+        Param { inner: Arc::new(inner) }
+    }
+
+    /// Binds it to chunks.
+    ///
     /// # Safety
-    /// Every tile's `weight` (and `gradient`, when not null) must point to `rows * columns` aligned elements of
-    /// `precision` that stay valid, and are not written by anyone else, until `alive` turns false.
-    pub unsafe fn new(
-        name: &str,
-        shape: &[usize],
-        precision: Precision,
-        tiles: Vec<ParamTile>,
-        panel_rows: Option<usize>,
-        alive: Arc<AtomicBool>,
-    ) -> Self {
-        Param {
-            name: name.into(),
-            panel_rows: panel_rows.unwrap_or(shape.first().copied().unwrap_or(1)),
-            shape: shape.into(),
-            precision,
-            tiles: tiles.into(),
-            alive,
-        }
+    /// Every tile's `weight` (and `gradient`, when not null) must point to `rows * columns` aligned elements of the
+    /// parameter's precision that stay valid, and are not written by anyone else, until [`Param::release`].
+    pub unsafe fn bind(&self, tiles: Vec<ParamTile>) {
+        *self.inner.tiles.write().unwrap_or_else(PoisonError::into_inner) = tiles;
+    }
+
+    /// The lease ends: whoever still uses the parameter gets an error.
+    pub fn release(&self) {
+        self.inner.tiles.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The parameter's name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.inner.name
     }
 
     /// Its shape.
     pub fn shape(&self) -> &[usize] {
-        &self.shape
+        &self.inner.shape
     }
 
     /// First dimension.
     pub fn rows(&self) -> usize {
-        self.shape.first().copied().unwrap_or(1)
+        self.shape().first().copied().unwrap_or(1)
     }
 
     /// Elements of a row: the product of all but the first dimension.
     pub fn columns(&self) -> usize {
-        self.shape.iter().skip(1).product()
+        self.shape().iter().skip(1).product()
     }
 
     /// Storage type.
     pub fn precision(&self) -> Precision {
-        self.precision
+        self.inner.precision
     }
 
     /// Rows of a panel: operations on tileable parameters work panel by panel, whatever the tiling, so that chunk size
     /// never changes an order of summation.
     pub fn panel_rows(&self) -> usize {
-        self.panel_rows
+        self.inner.panel_rows
     }
 
-    /// Tiles in row order; one for a parameter that is not tiled.
-    pub fn tile_count(&self) -> usize {
-        self.tiles.len()
+    /// The tiles, in row order; one for a parameter that is not tiled, none while it is not leased.
+    pub fn tiles(&self) -> Vec<ParamTile> {
+        self.inner.tiles.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// First row and number of rows of tile `index`.
-    pub fn tile_rows(&self, index: usize) -> (usize, usize) {
-        (self.tiles[index].row_start, self.tiles[index].rows)
-    }
-
-    /// Weights of tile `index`.
-    pub fn weight(&self, index: usize) -> Result<WeightSlice<'_>> {
+    /// Weights of tile `index`, where they lie in host memory.
+    pub(crate) fn weight(&self, index: usize) -> Result<WeightSlice<'_>> {
         let (tile, elements) = self.checked_tile(index)?;
-        // SAFETY: `new` promised the pointer for as long as `alive`, which was just checked; the lease outlives the
-        // operation because both live on the compute thread.
+        // SAFETY: `bind` promised the pointer until `release`; the lease outlives the operation because both live on the
+        // compute thread.
         Ok(unsafe {
-            match self.precision {
+            match self.precision() {
                 Precision::Fp32 => WeightSlice::F32(std::slice::from_raw_parts(tile.weight.cast(), elements)),
                 Precision::Bf16 => WeightSlice::Bf16(std::slice::from_raw_parts(tile.weight.cast(), elements)),
             }
         })
     }
 
-    /// Gradients of tile `index`, to accumulate into; `None` when this pass computes none.
+    /// Gradients of tile `index` in host memory, to accumulate into; `None` when this pass computes none.
     ///
     /// # Safety
     /// The caller must hold no other slice of the same tile's gradient.
-    pub unsafe fn gradient(&self, index: usize) -> Result<Option<GradientSlice<'_>>> {
+    pub(crate) unsafe fn gradient(&self, index: usize) -> Result<Option<GradientSlice<'_>>> {
         let (tile, elements) = self.checked_tile(index)?;
         if tile.gradient.is_null() {
             return Ok(None);
         }
         // SAFETY: as for `weight`; exclusive by this function's contract.
         Ok(Some(unsafe {
-            match self.precision {
+            match self.precision() {
                 Precision::Fp32 => GradientSlice::F32(std::slice::from_raw_parts_mut(tile.gradient.cast(), elements)),
                 Precision::Bf16 => GradientSlice::Bf16(std::slice::from_raw_parts_mut(tile.gradient.cast(), elements)),
             }
@@ -152,30 +153,33 @@ impl Param {
     }
 
     fn checked_tile(&self, index: usize) -> Result<(ParamTile, usize)> {
-        // A graph that somebody kept beyond its block would read a chunk that has moved on: refuse instead.
-        if !self.alive.load(Ordering::Acquire) {
-            bail!(
-                "parameter `{}` is used after its lease ended: do not keep a block's outputs with their graph",
-                self.name
-            )
-        }
-        match self.tiles.get(index) {
+        let tiles = self.inner.tiles.read().unwrap_or_else(PoisonError::into_inner);
+        match tiles.get(index) {
             Some(&tile) => Ok((tile, tile.rows * self.columns())),
-            None => bail!("parameter `{}` has no tile {index}", self.name),
+            // A tape that somebody kept beyond its block would read a chunk that has moved on: refuse instead.
+            None if tiles.is_empty() => {
+                bail!("parameter `{}` is used outside of its lease: do not keep a block's activations", self.name())
+            }
+            None => bail!("parameter `{}` has no tile {index}", self.name()),
         }
     }
 }
 
-/// The parameters of one block for the time of a lease.
+/// The parameters of one block.
 #[derive(Clone, Debug, Default)]
 pub struct Params {
-    by_name: HashMap<Arc<str>, Param>,
+    by_name: HashMap<Box<str>, Param>,
 }
 
 impl Params {
     /// Parameters by their names.
     pub fn new(params: impl IntoIterator<Item = Param>) -> Self {
-        Params { by_name: params.into_iter().map(|param| (param.name.clone(), param)).collect() }
+        Params { by_name: params.into_iter().map(|param| (param.name().into(), param)).collect() }
+    }
+
+    /// All of them.
+    pub fn iter(&self) -> impl Iterator<Item = &Param> {
+        self.by_name.values()
     }
 
     /// The parameter `name`, which the block must have listed.

@@ -89,6 +89,12 @@ impl Mask {
         Mask { seed: ctx.seed, stream, threshold: (p.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32 }
     }
 
+    /// Seed, stream and threshold, for kernels that draw the same numbers.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn parts(&self) -> (u64, u64, u32) {
+        (self.seed, self.stream, self.threshold)
+    }
+
     /// Writes 0 or `scale` for elements `first..`.
     pub fn write(&self, first: u64, scale: f32, out: &mut [f32]) {
         for (offset, value) in out.iter_mut().enumerate() {

@@ -15,9 +15,10 @@ use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::types::{Bytes, Kind, Tier};
 use serde::Serialize;
 
-use crate::config::{self, Config, OptimizerKind, Size};
+use crate::config::{self, Config, OptimizerKind, Recompute, Size};
 use crate::error::Error;
 use crate::model::gpt2::{self, Gpt2Config};
+use crate::train::device::is_cuda;
 use crate::train::program::Program;
 
 mod bound;
@@ -104,8 +105,19 @@ pub fn non_model_estimate(config: &Config, program: &Program) -> Bytes {
 
 /// Non-model memory of one step of a GPT-2, from the shapes.
 pub fn gpt2_activations(config: &Config, model: &Gpt2Config) -> Bytes {
-    let micro = config.train.batch / config.train.micro_batches.max(1);
-    Bytes(gpt2::activation_bytes(model, micro, config.train.micro_batches, config.train.seq_len))
+    let train = &config.train;
+    let half = is_cuda(&config.compute) && config.model.precision.is_half();
+    Bytes(gpt2::activation_bytes(
+        model,
+        &gpt2::StepShape {
+            micro_batch: train.batch / train.micro_batches.max(1),
+            micro_batches: train.micro_batches,
+            seq_len: train.seq_len,
+            keep: train.recompute == Recompute::None,
+            gpu: is_cuda(&config.compute),
+            element_bytes: if half { 2 } else { 4 },
+        },
+    ))
 }
 
 impl Plan {

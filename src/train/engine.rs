@@ -1,26 +1,25 @@
 //! The engine: trains a list of blocks whose states live in chunks.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use patrickstar_actors::Lease;
-use patrickstar_actors::memory::CpuBackend;
-use patrickstar_actors::monitor::MemoryProbe;
 use patrickstar_actors::runtime::{Runtime, StepStats};
 use patrickstar_actors::timeline::{Timeline, Track};
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Precision, Step, TensorId};
 use serde::Serialize;
 
+use super::device::Device;
 use super::lr::learning_rate;
 use super::program::Program;
 use super::states;
 use crate::checkpoint::Checkpoint;
-use crate::config::Config;
+use crate::config::{Config, Recompute};
 use crate::error::Error;
 use crate::model::block::{Block, Context};
+use crate::model::compute::Compute;
 use crate::model::param::{Param, ParamTile, Params};
-use crate::model::recompute::{backward_with, into_leaf};
+use crate::model::tape::{Activation, Tape};
 use crate::plan::Plan;
 use crate::telemetry::alloc;
 
@@ -61,19 +60,11 @@ impl StepReport {
     }
 }
 
-/// Measures activations through the counting allocator of this process, where it is installed.
-struct AllocatorProbe;
-
-impl MemoryProbe for AllocatorProbe {
-    fn live(&self) -> Bytes {
-        Bytes(alloc::live_bytes())
-    }
-
-    fn take_peak(&self) -> Bytes {
-        let peak = alloc::peak_bytes();
-        alloc::reset_peak();
-        Bytes(peak)
-    }
+/// A block's forward pass on one micro-batch, kept for its backward.
+struct Pass {
+    tape: Tape,
+    input: Activation,
+    output: Activation,
 }
 
 type Hook = Box<dyn FnMut(&StepReport) + Send>;
@@ -81,6 +72,11 @@ type Hook = Box<dyn FnMut(&StepReport) + Send>;
 /// Trains a model larger than its device. The thread that calls [`Engine::step`] is the compute thread.
 pub struct Engine {
     blocks: Vec<Box<dyn Block>>,
+    /// Of each block; bound to chunks while the block is leased.
+    params: Vec<Params>,
+    /// Forward passes of the running step that are not computed again, by block and micro-batch.
+    kept: Vec<Vec<Pass>>,
+    compute: Compute,
     program: Program,
     runtime: Runtime,
     config: Config,
@@ -124,17 +120,41 @@ impl Engine {
         if let Some(reason) = plan.refusal() {
             return Err(Error::DoesNotFit(reason));
         }
+        let device = Device::open(&config.compute)?;
         let layout = plan.layout().clone();
         let uses = program.gradient_uses(&layout);
         let runtime = Runtime::start(
             layout,
             plan.runtime_config(&config),
             uses,
-            Arc::new(CpuBackend),
-            Arc::new(AllocatorProbe),
+            device.backend,
+            device.probe,
             Arc::new(Timeline::default()),
         )?;
-        Ok(Engine { blocks, program, runtime, config, plan, step: Step(0), hooks: Vec::new() })
+        let precision = runtime.layout().precision();
+        let params = program
+            .uses
+            .iter()
+            .map(|uses| {
+                Params::new(uses.iter().map(|&tensor| {
+                    let spec = &program.parameters[tensor.0 as usize];
+                    Param::new(&spec.name, &spec.shape, precision, spec.tile_rows)
+                }))
+            })
+            .collect();
+        let compute = device.compute;
+        Ok(Engine {
+            blocks,
+            params,
+            kept: Vec::new(),
+            compute,
+            program,
+            runtime,
+            config,
+            plan,
+            step: Step(0),
+            hooks: Vec::new(),
+        })
     }
 
     /// Calls `hook` after each step: metrics, logs, early stopping.
@@ -160,60 +180,80 @@ impl Engine {
 
     fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, StepStats), Error> {
         self.runtime.begin_step(step, lr)?;
-        let mut boundaries = self.forward(batch, step)?;
-        let loss = self.backward(batch, step, &mut boundaries)?;
+        let boundaries = self.forward(batch, step)?;
+        let loss = self.backward(batch, step, boundaries)?;
         Ok((loss, self.runtime.end_step()?))
     }
 
     /// All blocks but the last, layer-major; returns the input of every block for every micro-batch.
     fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Tensor>>, Error> {
+        self.kept.clear();
         let mut boundaries: Vec<Vec<Tensor>> = vec![batch.micro.iter().map(|micro| micro.input.clone()).collect()];
         for block in 0..self.blocks.len() - 1 {
-            let leased = self.lease(block, false)?;
+            let lease = self.lease(block, false)?;
             let start = self.runtime.timeline().now();
             let mut outputs = Vec::with_capacity(batch.micro.len());
+            let mut kept = Vec::new();
             for (micro, input) in boundaries[block].iter().enumerate() {
-                let context = self.context(batch, step, block, micro);
-                outputs.push(self.blocks[block].forward(input, &leased.params, &context)?);
+                let keep = self.config.train.recompute == Recompute::None;
+                let pass = self.pass(batch, step, (block, micro), input.clone(), keep)?;
+                outputs.push(pass.output.tensor()?);
+                if keep {
+                    kept.push(pass);
+                }
             }
+            self.kept.push(kept);
             self.compute_span(start, "forward", block);
-            self.runtime.release_forward(leased.end())?;
+            self.runtime.release_forward(self.end(block, lease))?;
             boundaries.push(outputs);
         }
         Ok(boundaries)
     }
 
-    /// Recompute and backward inside each block, last to first; returns the loss.
-    fn backward(&mut self, batch: &Batch, step: Step, boundaries: &mut Vec<Vec<Tensor>>) -> Result<f64, Error> {
+    /// Applies `block` to `input`; recording, if a backward follows.
+    fn pass(
+        &self,
+        batch: &Batch,
+        step: Step,
+        (block, micro): (usize, usize),
+        input: Tensor,
+        recording: bool,
+    ) -> Result<Pass, Error> {
+        let mut context = self.context(batch, step, block, micro);
+        context.targets = (block + 1 == self.blocks.len()).then(|| batch.micro[micro].targets.clone());
+        let tape = if recording { Tape::recording(&self.compute) } else { Tape::forgetting(&self.compute) };
+        // Token ids have no gradient.
+        let input = if recording && input.dtype().is_float() { tape.input(input) } else { tape.constant(input) };
+        let output = self.blocks[block].forward(&input, &self.params[block], &context)?;
+        Ok(Pass { tape, input, output })
+    }
+
+    /// Backward of each block, last to first, after its forward where that was not kept; returns the loss.
+    fn backward(&mut self, batch: &Batch, step: Step, mut boundaries: Vec<Vec<Tensor>>) -> Result<f64, Error> {
         let last = self.blocks.len() - 1;
-        let mut loss = 0.0;
+        let mut losses = Vec::new();
         let mut upstream: Vec<Option<Tensor>> = vec![None; batch.micro.len()];
+        self.kept.push(Vec::new());
         for block in (0..self.blocks.len()).rev() {
             let inputs = boundaries.pop().unwrap_or_default();
-            let leased = self.lease(block, true)?;
+            let mut kept = self.kept.pop().unwrap_or_default().into_iter();
+            let lease = self.lease(block, true)?;
             let start = self.runtime.timeline().now();
             for (micro, input) in inputs.into_iter().enumerate() {
-                let mut context = self.context(batch, step, block, micro);
-                // Token ids cannot carry a graph: a tracked scalar stands in for them.
-                let (input, leaf) = if input.dtype().is_float() {
-                    let leaf = into_leaf(&input)?;
-                    (leaf.clone(), leaf)
-                } else {
-                    let anchor = into_leaf(&Tensor::zeros((), candle_core::DType::F32, &Device::Cpu)?)?;
-                    context.anchor = Some(anchor.clone());
-                    (input, anchor)
+                let pass = match kept.next() {
+                    Some(pass) => pass,
+                    None => self.pass(batch, step, (block, micro), input, true)?,
                 };
-                context.targets = (block == last).then(|| batch.micro[micro].targets.clone());
-                let output = self.blocks[block].forward(&input, &leased.params, &context)?;
                 if block == last {
-                    loss += f64::from(output.to_scalar::<f32>()?);
+                    losses.push(pass.output.tensor()?);
                 }
-                upstream[micro] = backward_with(&output, upstream[micro].as_ref(), &leaf)?;
+                upstream[micro] = pass.tape.backward(&pass.output, upstream[micro].take(), &pass.input)?;
             }
             self.compute_span(start, "backward", block);
-            self.runtime.release_backward(leased.end())?;
+            self.runtime.release_backward(self.end(block, lease))?;
         }
-        Ok(loss)
+        // Read at the end: reading earlier would wait for the device.
+        losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum()
     }
 
     /// Runs the blocks on `input` without training; the last block gives its prediction.
@@ -221,21 +261,21 @@ impl Engine {
         let mut value = input.clone();
         for block in 0..self.blocks.len() {
             let lease = self.runtime.access_untraced(self.program.forward_access(self.runtime.layout(), block))?;
-            let leased = self.leased(lease, block, false)?;
+            self.bind(&lease, block, false)?;
             let context = Context {
                 seed: self.config.train.seed,
                 step: self.step,
                 micro: 0,
                 block,
                 training: false,
-                anchor: None,
                 targets: None,
                 target_count: 1,
             };
-            value = self.blocks[block].forward(&value, &leased.params, &context)?;
-            self.runtime.release_forward(leased.end())?;
+            let input = Tape::forgetting(&self.compute).constant(value);
+            value = self.blocks[block].forward(&input, &self.params[block], &context)?.tensor()?;
+            self.runtime.release_forward(self.end(block, lease))?;
         }
-        Ok(value)
+        Ok(value.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
     }
 
     fn context(&self, batch: &Batch, step: Step, block: usize, micro: usize) -> Context {
@@ -245,7 +285,6 @@ impl Engine {
             micro,
             block,
             training: true,
-            anchor: None,
             targets: None,
             target_count: batch.target_count,
         }
@@ -257,7 +296,7 @@ impl Engine {
             .span(Track::Compute, start, None, Bytes(0), || format!("{pass} {}", self.blocks[block].name()));
     }
 
-    fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Leased, Error> {
+    fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Lease, Error> {
         let chunks = if with_gradients {
             self.program.backward_access(self.runtime.layout(), block)
         } else {
@@ -266,19 +305,29 @@ impl Engine {
         let pass = if with_gradients { "backward" } else { "forward" };
         let name = &self.program.names[block];
         let lease = self.runtime.access(|| format!("{pass} {name}"), chunks)?;
-        self.leased(lease, block, with_gradients)
+        self.bind(&lease, block, with_gradients)?;
+        Ok(lease)
     }
 
-    fn leased(&self, lease: Lease, block: usize, with_gradients: bool) -> Result<Leased, Error> {
-        let alive = Arc::new(AtomicBool::new(true));
-        let params = self.program.uses[block]
-            .iter()
-            .map(|&tensor| self.param(&lease, tensor, with_gradients, &alive))
-            .collect::<Result<Vec<_>, Error>>()?;
-        Ok(Leased { params: Params::new(params), alive, lease })
+    /// Binds the parameters of `block` to the leased chunks.
+    fn bind(&self, lease: &Lease, block: usize, with_gradients: bool) -> Result<(), Error> {
+        for &tensor in &self.program.uses[block] {
+            let tiles = self.tiles(lease, tensor, with_gradients)?;
+            let param = self.params[block].get(&self.program.parameters[tensor.0 as usize].name)?;
+            // SAFETY: the layout puts each tile inside its chunk, the lease keeps the chunks in place, and `end` releases
+            // the parameters before the lease is given back.
+            unsafe { param.bind(tiles) };
+        }
+        Ok(())
     }
 
-    fn param(&self, lease: &Lease, tensor: TensorId, gradients: bool, alive: &Arc<AtomicBool>) -> Result<Param, Error> {
+    /// Releases the parameters of `block`; the lease may be given back then.
+    fn end(&self, block: usize, lease: Lease) -> Lease {
+        self.params[block].iter().for_each(Param::release);
+        lease
+    }
+
+    fn tiles(&self, lease: &Lease, tensor: TensorId, gradients: bool) -> Result<Vec<ParamTile>, Error> {
         let layout = self.runtime.layout();
         let spec = &self.program.parameters[tensor.0 as usize];
         let precision = layout.precision();
@@ -304,9 +353,7 @@ impl Engine {
                 },
             });
         }
-        // SAFETY: the layout puts each tile inside its chunk, the lease keeps the chunks in place, and `Leased::end` turns
-        // `alive` off before the lease is given back.
-        Ok(unsafe { Param::new(&spec.name, &spec.shape, precision, tiles, spec.tile_rows, Arc::clone(alive)) })
+        Ok(tiles)
     }
 
     /// The last completed step.
@@ -361,20 +408,5 @@ impl Engine {
     /// How weights are stored.
     pub fn precision(&self) -> Precision {
         self.runtime.layout().precision()
-    }
-}
-
-/// Parameters of a block for the time of a lease.
-struct Leased {
-    params: Params,
-    alive: Arc<AtomicBool>,
-    lease: Lease,
-}
-
-impl Leased {
-    /// Invalidates the parameters and gives up the lease.
-    fn end(self) -> Lease {
-        self.alive.store(false, Ordering::Release);
-        self.lease
     }
 }

@@ -1,5 +1,6 @@
 //! Training: the engine that drives blocks through leases, and the session around it.
 
+pub(crate) mod device;
 pub mod engine;
 pub mod lr;
 pub mod model;

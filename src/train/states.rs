@@ -4,10 +4,14 @@ use patrickstar_actors::adam::{join, split_f32};
 use patrickstar_actors::chunk::Tile;
 use patrickstar_actors::runtime::Runtime;
 use patrickstar_actors::types::{GroupId, Kind, Precision};
+use rayon::prelude::*;
 
 use super::program::Program;
 use crate::error::Error;
 use crate::model::rng;
+
+/// Elements that a core draws in one go.
+const DRAWN_AT_ONCE: usize = 1 << 16;
 
 /// Draws every parameter from its own counter-based stream: the bits depend on seed and name, not on chunks.
 pub(crate) fn initialise(runtime: &Runtime, program: &Program, seed: u64) -> Result<(), Error> {
@@ -15,7 +19,11 @@ pub(crate) fn initialise(runtime: &Runtime, program: &Program, seed: u64) -> Res
     let index = |name: &str| program.parameters.iter().position(|spec| spec.name == name).unwrap_or(0);
     initialise_from(runtime, program, |name, first_row, out| {
         let index = index(name);
-        rng::fill(program.parameters[index].init, seed, name, (first_row * columns[index]) as u64, out);
+        let (init, first) = (program.parameters[index].init, first_row * columns[index]);
+        // Counters, not order, decide the numbers: all cores draw at once.
+        out.par_chunks_mut(DRAWN_AT_ONCE).enumerate().for_each(|(piece, out)| {
+            rng::fill(init, seed, name, (first + piece * DRAWN_AT_ONCE) as u64, out);
+        });
         Ok(())
     })
 }

@@ -87,6 +87,18 @@ impl Arena {
         unsafe { self.base.add(slot.0 as usize * self.slot_bytes) }
     }
 
+    /// Where the mapping begins.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
+    /// Bytes of the mapping.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// How many slots there are.
     pub fn slots(&self) -> u32 {
         self.slots

@@ -5,7 +5,8 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::{Arena, MemoryError, SlotIndex};
-use crate::types::{Bytes, Tier};
+use crate::adam::StepScalars;
+use crate::types::{Bytes, Precision, Tier};
 
 /// A point in a stream; complete once everything queued before it is done.
 pub trait DeviceEvent: Any + Send + Sync {
@@ -58,6 +59,54 @@ pub trait Backend: Send + Sync + 'static {
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
     /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
     fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError>;
+    /// The end of what the model has queued so far; `None` where the model computes before it returns.
+    fn compute_event(&self) -> Result<Option<Event>, MemoryError>;
+    /// Arithmetic on chunks in the device tier; `None` where the host can do it there.
+    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError>;
+}
+
+/// Where the states of a run of elements lie. `low` is null where the precision has none.
+#[derive(Clone, Copy, Debug)]
+pub struct StateAddresses {
+    /// Weights, or their high halves.
+    pub weight: *mut u8,
+    /// Low halves.
+    pub low: *mut u8,
+    /// First moments.
+    pub momentum: *mut u8,
+    /// Second moments.
+    pub variance: *mut u8,
+    /// Gradients.
+    pub gradient: *mut u8,
+}
+
+/// The optimizer's and reduction's arithmetic on a device, with the bits of the host's. Work is queued in order.
+pub trait DeviceMath: Send + Sync {
+    /// Queues one step of Adam over `elements` elements.
+    ///
+    /// # Safety
+    /// The addresses must be those of leased chunks on this device, with room for `elements` elements of `precision`.
+    unsafe fn step(
+        &self,
+        precision: Precision,
+        scalars: &StepScalars,
+        decay: bool,
+        states: StateAddresses,
+        elements: usize,
+    ) -> Result<(), MemoryError>;
+    /// The sum of squares of each row of a gradient, after what is queued.
+    ///
+    /// # Safety
+    /// `gradient` must be that of a leased chunk on this device, with room for `rows * columns` elements.
+    unsafe fn row_sums(
+        &self,
+        precision: Precision,
+        gradient: *const u8,
+        rows: usize,
+        columns: usize,
+    ) -> Result<Vec<f64>, MemoryError>;
+    /// Waits for everything queued.
+    fn finish(&self) -> Result<(), MemoryError>;
 }
 
 impl Slab for Arena {
@@ -134,6 +183,14 @@ impl Backend for CpuBackend {
 
     fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
         Ok(Box::new(arena))
+    }
+
+    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
+        Ok(None)
+    }
+
+    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
+        Ok(None)
     }
 }
 

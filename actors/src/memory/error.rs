@@ -91,6 +91,16 @@ pub enum MemoryError {
         /// What the system said.
         source: io::Error,
     },
+    /// Compiled kernels do not fit this GPU or its driver.
+    #[error(
+        "the kernels `{name}` do not load on this GPU: {reason}; build with CUDA_COMPUTE_CAP set to its compute capability and check the driver's version"
+    )]
+    Kernels {
+        /// The source.
+        name: &'static str,
+        /// What the driver said.
+        reason: String,
+    },
     /// A device call failed.
     #[error("device could not {action}: {reason}; restart the job from its last checkpoint")]
     Device {

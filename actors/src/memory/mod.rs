@@ -10,13 +10,19 @@
 mod arena;
 mod backend;
 pub mod bandwidth;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod disk;
 mod error;
 pub mod limits;
 mod slots;
 
 pub use arena::Arena;
-pub use backend::{Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, Event, Slab, Stream};
+pub use backend::{
+    Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, DeviceMath, Event, Slab, StateAddresses, Stream,
+};
+#[cfg(feature = "cuda")]
+pub use cuda::CudaBackend;
 pub use disk::DiskTier;
 pub use error::MemoryError;
 pub use slots::{SlotAllocator, SlotIndex};

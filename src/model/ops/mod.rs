@@ -1,23 +1,37 @@
-//! Custom operations that consume weights, each with its backward.
+//! The operations of blocks, each with its backward, on every backend.
 //!
-//! Weights are fields of the operations, not inputs of the graph: `bwd` returns the gradient of the activation and
-//! accumulates the weight's gradient straight into its chunk. Orders of summation never depend on how a parameter is
-//! tiled over chunks or on the number of threads.
+//! Weights are not on the tape: an operation's backward adds the weight's gradient straight to its chunk and returns the
+//! gradient of the activation. Orders of summation never depend on how a parameter is tiled over chunks.
 
-mod access;
+/// Calls the function of the same name of the backend.
+macro_rules! on {
+    ($compute:expr, $name:ident($($arg:expr),* $(,)?)) => {
+        match $compute {
+            $crate::model::compute::Compute::Cpu => super::cpu::$name($($arg),*),
+            #[cfg(feature = "cuda")]
+            $crate::model::compute::Compute::Cuda(ops) => ops.$name($($arg),*),
+        }
+    };
+}
+
+mod add;
 mod attention;
-mod cross_entropy;
+mod candle;
+mod cpu;
+pub(crate) mod cross_entropy;
 mod dropout;
-mod embedding;
-mod gelu;
-mod gemm;
+pub(crate) mod embedding;
+pub(crate) mod gelu;
 mod layer_norm;
 mod linear;
 
+pub use add::add;
+pub(crate) use add::sum;
 pub use attention::causal_attention;
-pub use cross_entropy::linear_cross_entropy;
+pub use candle::candle;
+pub use cross_entropy::{IGNORE_INDEX, linear_cross_entropy};
 pub use dropout::dropout;
 pub use embedding::{embedding, positional_embedding};
 pub use gelu::{gelu_erf, gelu_tanh};
 pub use layer_norm::layer_norm;
-pub use linear::{linear, logits};
+pub use linear::{linear, linear_add, logits};

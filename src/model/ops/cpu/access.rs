@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 use half::bf16;
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ use crate::model::param::{GradientSlice, Param, WeightSlice};
 pub(super) const GRAIN: usize = 1 << 14;
 
 /// The contiguous fp32 elements of an operation's input.
-pub(super) fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+fn slice<'a>(op: &str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     match (storage, layout.contiguous_offsets()) {
         (CpuStorage::F32(values), Some((from, to))) => Ok(&values[from..to]),
         (CpuStorage::F32(_), None) => bail!("{op} needs a contiguous input: call contiguous() first"),
@@ -29,9 +29,17 @@ pub(super) fn with_slice<R>(op: &str, tensor: &Tensor, read: impl FnOnce(&[f32])
     }
 }
 
-/// A new tensor of the same shape as `like`.
-pub(super) fn tensor_like(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
-    Tensor::from_vec(values, like.shape(), like.device())
+/// A new tensor of `values`.
+pub(super) fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}
+
+/// The values to add to: those of `before`, or zeros.
+pub(super) fn start_from(before: Option<Tensor>, elements: usize) -> Result<Vec<f32>> {
+    match before {
+        None => Ok(vec![0.0; elements]),
+        Some(before) => with_slice("a gradient", &before.contiguous()?, |values| Ok(values.to_vec())),
+    }
 }
 
 /// Rows `[row, row + rows)` of tile `tile`, in fp32.
@@ -64,12 +72,11 @@ pub(super) struct Panel {
 /// Panels in row order.
 pub(super) fn panels(param: &Param) -> Vec<Panel> {
     let mut panels = Vec::new();
-    for tile in 0..param.tile_count() {
-        let (start, tile_rows) = param.tile_rows(tile);
+    for (tile, place) in param.tiles().iter().enumerate() {
         let mut row_in_tile = 0;
-        while row_in_tile < tile_rows {
-            let rows = param.panel_rows().min(tile_rows - row_in_tile);
-            panels.push(Panel { tile, row_in_tile, row: start + row_in_tile, rows });
+        while row_in_tile < place.rows {
+            let rows = param.panel_rows().min(place.rows - row_in_tile);
+            panels.push(Panel { tile, row_in_tile, row: place.row_start + row_in_tile, rows });
             row_in_tile += rows;
         }
     }

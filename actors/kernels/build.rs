@@ -1,0 +1,8 @@
+//! Compiles the CUDA sources of chunk work.
+
+#[path = "compile.rs"]
+mod compile;
+
+fn main() {
+    compile::compile("kernels", &["adam"]);
+}

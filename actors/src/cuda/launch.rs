@@ -1,0 +1,159 @@
+//! Loading and launching of kernels that were compiled ahead, so that no start waits for a compiler.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::sys::cuFuncGetParamInfo;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::nvrtc::Ptx;
+
+use super::context::device_error;
+use crate::memory::MemoryError;
+
+/// An argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub enum Arg {
+    /// An address in device memory; 0 for none.
+    Pointer(u64),
+    /// `uint64_t` or `int64_t`.
+    U64(u64),
+    /// `int`.
+    I32(i32),
+    /// `float`.
+    F32(f32),
+    /// `CUtensorMap`, by value.
+    Map(TensorMap),
+}
+
+/// A tensor map as the driver encodes it, for kernels that copy by whole boxes.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub struct TensorMap(pub [u64; 16]);
+
+// SAFETY: plain numbers of the size and alignment of the driver's type.
+unsafe impl DeviceRepr for TensorMap {}
+
+/// Blocks, threads a block, and bytes of dynamic shared memory a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Grid {
+    /// Blocks in x, y and z.
+    pub blocks: [u32; 3],
+    /// Threads a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+impl Arg {
+    fn bytes(&self) -> usize {
+        match self {
+            Arg::Pointer(_) | Arg::U64(_) => 8,
+            Arg::I32(_) | Arg::F32(_) => 4,
+            Arg::Map(_) => size_of::<TensorMap>(),
+        }
+    }
+}
+
+/// Bytes of each parameter of a loaded kernel.
+fn parameters(function: &CudaFunction) -> Arc<[usize]> {
+    (0..)
+        .map_while(|index| {
+            let (mut offset, mut bytes) = (0, 0);
+            // SAFETY: both are places for one number; an index past the end is an error, which ends the list.
+            let status = unsafe { cuFuncGetParamInfo(function.cu_function(), index, &raw mut offset, &raw mut bytes) };
+            status.result().ok().map(|()| bytes)
+        })
+        .collect()
+}
+
+impl Grid {
+    /// A one-dimensional grid without dynamic shared memory.
+    pub fn linear(blocks: u64, threads: u32) -> Self {
+        Grid { blocks: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1], threads, shared: 0 }
+    }
+}
+
+/// More dynamic shared memory than this has to be asked for, once a function.
+const DEFAULT_SHARED: u32 = 48 << 10;
+
+/// The kernels of one compiled source.
+pub struct Kernels {
+    module: Arc<CudaModule>,
+    functions: Mutex<HashMap<&'static str, Function>>,
+}
+
+#[derive(Clone)]
+struct Function {
+    function: CudaFunction,
+    /// Bytes of each parameter, as it was compiled.
+    parameters: Arc<[usize]>,
+}
+
+impl Kernels {
+    /// Loads a compiled source.
+    pub fn load(context: &Arc<CudaContext>, name: &'static str, cubin: &[u8]) -> Result<Self, MemoryError> {
+        let module = context
+            .load_module(Ptx::from_binary(cubin.to_vec()))
+            .map_err(|error| MemoryError::Kernels { name, reason: error.to_string() })?;
+        Ok(Kernels { module, functions: Mutex::default() })
+    }
+
+    /// Queues `name` on `stream`.
+    ///
+    /// # Safety
+    /// The arguments must be those of the kernel, and every address must stay valid until the stream has passed it.
+    pub unsafe fn launch(
+        &self,
+        stream: &Arc<CudaStream>,
+        name: &'static str,
+        grid: Grid,
+        args: &[Arg],
+    ) -> Result<(), MemoryError> {
+        if grid.blocks.contains(&0) {
+            return Ok(());
+        }
+        let Function { function, parameters } = self.function(name, grid.shared)?;
+        // The driver would read what is missing from wherever the list of arguments ends.
+        if !args.iter().map(|arg| arg.bytes()).eq(parameters.iter().copied()) {
+            return Err(MemoryError::Device {
+                action: name,
+                reason: format!("the kernel takes {parameters:?} bytes, the call gives {args:?}; please report this"),
+            });
+        }
+        let mut builder = stream.launch_builder(&function);
+        for arg in args {
+            match arg {
+                Arg::Pointer(value) | Arg::U64(value) => builder.arg(value),
+                Arg::I32(value) => builder.arg(value),
+                Arg::F32(value) => builder.arg(value),
+                Arg::Map(value) => builder.arg(value),
+            };
+        }
+        let config = LaunchConfig {
+            grid_dim: (grid.blocks[0], grid.blocks[1], grid.blocks[2]),
+            block_dim: (grid.threads, 1, 1),
+            shared_mem_bytes: grid.shared,
+        };
+        // SAFETY: the caller vouches for the arguments.
+        unsafe { builder.launch(config) }.map_err(|error| device_error(name, error))?;
+        Ok(())
+    }
+
+    fn function(&self, name: &'static str, shared: u32) -> Result<Function, MemoryError> {
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(name) {
+            return Ok(function.clone());
+        }
+        let function = self.module.load_function(name).map_err(|error| device_error(name, error))?;
+        if shared > DEFAULT_SHARED {
+            // A kernel asks for the same amount in every launch: its name tells the tile sizes.
+            function
+                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared as i32)
+                .map_err(|error| device_error(name, error))?;
+        }
+        let function = Function { parameters: parameters(&function), function };
+        functions.insert(name, function.clone());
+        Ok(function)
+    }
+}

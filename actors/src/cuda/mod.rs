@@ -1,0 +1,13 @@
+//! NVIDIA GPUs: the context that all streams share, and kernels that were compiled with the program.
+
+mod context;
+mod launch;
+mod math;
+
+pub(crate) use context::device_error;
+pub use context::{Gpu, PoolUse};
+pub use launch::{Arg, Grid, Kernels, TensorMap};
+pub use math::ChunkMath;
+
+/// Kernels of chunk work: the optimizer's step, norms, casts.
+pub(crate) static CHUNK_KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/adam.cubin"));

@@ -1,0 +1,198 @@
+//! The device tier in the memory of an NVIDIA GPU: a slab outside of candle's pool, streams of one context, registered
+//! host memory.
+
+use std::any::Any;
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
+
+use super::backend::{Backend, DeviceEvent, DeviceMath, Event, Slab, Stream};
+use super::{Arena, MemoryError, SlotIndex};
+use crate::cuda::{Gpu, device_error};
+use crate::types::{Bytes, Tier};
+
+/// A GPU as a device tier. `compute` is the stream on which the model's kernels are queued.
+pub struct CudaBackend {
+    gpu: Arc<Gpu>,
+    compute: Arc<CudaStream>,
+}
+
+struct CudaDeviceEvent(CudaEvent);
+
+struct CudaCopyStream {
+    stream: Arc<CudaStream>,
+}
+
+struct DeviceSlab {
+    context: Arc<CudaContext>,
+    base: sys::CUdeviceptr,
+    slots: u32,
+    slot_bytes: Bytes,
+}
+
+/// An arena that the GPU copies from and to without staging.
+struct RegisteredArena {
+    context: Arc<CudaContext>,
+    arena: Arena,
+}
+
+impl CudaBackend {
+    /// A backend on `gpu`, beside the model on `compute`.
+    pub fn new(gpu: Arc<Gpu>, compute: Arc<CudaStream>) -> Self {
+        CudaBackend { gpu, compute }
+    }
+}
+
+impl DeviceEvent for CudaDeviceEvent {
+    fn is_complete(&self) -> Result<bool, MemoryError> {
+        self.0.try_is_complete().map_err(|error| device_error("ask for the end of its work", error))
+    }
+
+    fn synchronize(&self) -> Result<(), MemoryError> {
+        self.0.synchronize().map_err(|error| device_error("finish its work", error))
+    }
+}
+
+fn record(stream: &CudaStream) -> Result<Event, MemoryError> {
+    let event = stream.record_event(None).map_err(|error| device_error("record an event", error))?;
+    Ok(Arc::new(CudaDeviceEvent(event)))
+}
+
+impl Stream for CudaCopyStream {
+    unsafe fn copy(&mut self, src: *const u8, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
+        self.bind()?;
+        // SAFETY: the caller vouches for both ranges; one address space tells the driver where they lie.
+        unsafe { sys::cuMemcpyAsync(dst as u64, src as u64, bytes, self.stream.cu_stream()) }
+            .result()
+            .map_err(|error| device_error("copy a chunk", error))
+    }
+
+    unsafe fn zero(&mut self, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
+        self.bind()?;
+        // SAFETY: the caller vouches for the range.
+        unsafe { result::memset_d8_async(dst as u64, 0, bytes, self.stream.cu_stream()) }
+            .map_err(|error| device_error("clear a chunk", error))
+    }
+
+    fn wait(&mut self, event: &Event) -> Result<(), MemoryError> {
+        let event: &dyn Any = event.as_ref();
+        match event.downcast_ref::<CudaDeviceEvent>() {
+            Some(event) => self.stream.wait(&event.0).map_err(|error| device_error("order two streams", error)),
+            // Work of the host is done when its event exists.
+            None => Ok(()),
+        }
+    }
+
+    fn record(&mut self) -> Result<Event, MemoryError> {
+        record(&self.stream)
+    }
+
+    fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError> {
+        unsafe extern "C" fn call(argument: *mut std::ffi::c_void) {
+            // SAFETY: the pointer made below, given to exactly one call.
+            let callback = unsafe { Box::from_raw(argument.cast::<Box<dyn FnOnce() + Send>>()) };
+            callback();
+        }
+        self.bind()?;
+        let argument = Box::into_raw(Box::new(callback));
+        // SAFETY: `call` takes what `into_raw` gave, once.
+        unsafe { result::stream::launch_host_function(self.stream.cu_stream(), call, argument.cast()) }
+            .map_err(|error| device_error("call back", error))
+    }
+}
+
+impl CudaCopyStream {
+    fn bind(&self) -> Result<(), MemoryError> {
+        self.stream.context().bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))
+    }
+}
+
+impl Slab for DeviceSlab {
+    fn slot(&self, index: SlotIndex) -> NonNull<u8> {
+        let address = self.base + u64::from(index.0) * self.slot_bytes.0;
+        NonNull::new(address as *mut u8).unwrap_or(NonNull::dangling())
+    }
+
+    fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    fn slot_bytes(&self) -> Bytes {
+        self.slot_bytes
+    }
+}
+
+impl Drop for DeviceSlab {
+    fn drop(&mut self) {
+        // Nobody hears of a failure here: the context goes down with the process.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: allocated by `device_slab`, and all streams are done when the runtime goes down.
+        let _ = unsafe { result::free_sync(self.base) };
+    }
+}
+
+impl Slab for RegisteredArena {
+    fn slot(&self, index: SlotIndex) -> NonNull<u8> {
+        self.arena.slot(index)
+    }
+
+    fn slots(&self) -> u32 {
+        self.arena.slots()
+    }
+
+    fn slot_bytes(&self) -> Bytes {
+        self.arena.slot_bytes()
+    }
+}
+
+impl Drop for RegisteredArena {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        // SAFETY: registered by `host_slab`.
+        let _ = unsafe { sys::cuMemHostUnregister(self.arena.base().as_ptr().cast()) };
+    }
+}
+
+impl Backend for CudaBackend {
+    fn new_stream(&self, _name: &str) -> Result<Box<dyn Stream>, MemoryError> {
+        let stream = self.gpu.context().new_stream().map_err(|error| device_error("make a stream", error))?;
+        Ok(Box::new(CudaCopyStream { stream }))
+    }
+
+    fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError> {
+        let context = Arc::clone(self.gpu.context());
+        context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
+        let need = u64::from(slots) * slot_bytes.0;
+        let (free, _) = context.mem_get_info().map_err(|error| device_error("measure its memory", error))?;
+        if need > free as u64 {
+            return Err(MemoryError::Insufficient { tier: Tier::Device, need: Bytes(need), have: Bytes(free as u64) });
+        }
+        // SAFETY: a plain allocation, freed when the slab is dropped.
+        let base = unsafe { result::malloc_sync(need as usize) }
+            .map_err(|error| device_error("allocate the device tier", error))?;
+        Ok(Box::new(DeviceSlab { context, base, slots, slot_bytes }))
+    }
+
+    fn host_slab(&self, mut arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
+        let context = Arc::clone(self.gpu.context());
+        context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
+        // Registering faults pages in one by one; touching them first from all cores is many times faster.
+        arena.prefault();
+        // SAFETY: the arena's own mapping, unregistered before it goes.
+        unsafe {
+            sys::cuMemHostRegister_v2(arena.base().as_ptr().cast(), arena.bytes(), sys::CU_MEMHOSTREGISTER_PORTABLE)
+        }
+        .result()
+        .map_err(|error| device_error("register host memory", error))?;
+        Ok(Box::new(RegisteredArena { context, arena }))
+    }
+
+    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
+        record(&self.compute).map(Some)
+    }
+
+    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
+        Ok(Some(Box::new(crate::cuda::ChunkMath::new(Arc::clone(&self.gpu))?)))
+    }
+}

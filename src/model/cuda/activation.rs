@@ -1,0 +1,60 @@
+//! GELU, sums and dropout.
+
+use candle_core::{Result, Tensor};
+use patrickstar_actors::cuda::Arg;
+
+use super::ops::{CudaOps, elementwise, kernel};
+use crate::model::ops::gelu::Form;
+use crate::model::rng::Mask;
+
+impl CudaOps {
+    /// `a + b`.
+    pub(crate) fn sum(&self, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+        let (n, dtype) = (a.elem_count(), a.dtype());
+        let out = self.uninitialised(a.shape(), dtype)?;
+        let args = [self.pointer(a)?, self.pointer(b)?, self.pointer(&out)?, Arg::U64(n as u64)];
+        self.launch(&self.activation, kernel!(dtype, "add"), elementwise(n), &args)?;
+        Ok(out)
+    }
+
+    /// `gelu(u)`.
+    pub(crate) fn gelu_forward(&self, u: &Tensor, form: Form) -> Result<Tensor> {
+        let (n, dtype) = (u.elem_count(), u.dtype());
+        let out = self.uninitialised(u.shape(), dtype)?;
+        let args = [self.pointer(u)?, self.pointer(&out)?, Arg::U64(n as u64), Arg::I32(form as i32)];
+        self.launch(&self.activation, kernel!(dtype, "gelu_forward"), elementwise(n), &args)?;
+        Ok(out)
+    }
+
+    /// `dy gelu'(u) + before`.
+    pub(crate) fn gelu_backward(&self, dy: &Tensor, u: &Tensor, form: Form, before: Option<Tensor>) -> Result<Tensor> {
+        let (n, dtype) = (u.elem_count(), u.dtype());
+        let out = self.uninitialised(u.shape(), dtype)?;
+        let args =
+            [self.pointer(dy)?, self.pointer(u)?, self.pointer(&out)?, Arg::U64(n as u64), Arg::I32(form as i32)];
+        self.launch(&self.activation, kernel!(dtype, "gelu_backward"), elementwise(n), &args)?;
+        before.map_or(Ok(out.clone()), |before| self.sum(&before, &out))
+    }
+
+    /// `mask * scale * x + before`: forward and backward alike.
+    pub(crate) fn dropout(&self, x: &Tensor, mask: &Mask, scale: f32, before: Option<Tensor>) -> Result<Tensor> {
+        let (n, dtype) = (x.elem_count(), x.dtype());
+        let out = self.uninitialised(x.shape(), dtype)?;
+        let (seed, stream, threshold) = mask.parts();
+        let rest = [
+            self.pointer(&out)?,
+            Arg::U64(n as u64),
+            Arg::U64(seed),
+            Arg::U64(stream),
+            Arg::U64(u64::from(threshold)),
+            Arg::F32(scale),
+        ];
+        let (name, mut args) = match &before {
+            Some(before) => (kernel!(dtype, "dropout_add"), vec![self.pointer(x)?, self.pointer(before)?]),
+            None => (kernel!(dtype, "dropout"), vec![self.pointer(x)?]),
+        };
+        args.extend(rest);
+        self.launch(&self.activation, name, elementwise(n), &args)?;
+        Ok(out)
+    }
+}

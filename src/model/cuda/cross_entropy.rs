@@ -1,0 +1,130 @@
+//! Linear head and cross-entropy, some tokens at a time.
+
+use candle_core::{DType, Result, Tensor};
+use patrickstar_actors::cuda::{Arg, Grid};
+
+use super::linear::Panel;
+use super::matmul::{Operand, Product};
+use super::ops::{CudaOps, kernel};
+use crate::model::ops::cross_entropy::tokens_per_block;
+use crate::model::param::Param;
+
+const THREADS: u32 = 1024;
+
+impl CudaOps {
+    /// The loss and, `with_gradients`, the gradient of `x`; then the gradient of `weight` has been added to as well.
+    pub(crate) fn linear_cross_entropy(
+        &self,
+        x: &Tensor,
+        weight: &Param,
+        targets: &[i64],
+        scale: f32,
+        with_gradients: bool,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let (vocabulary, dtype) = (weight.rows(), x.dtype());
+        let panels = self.panels(weight)?;
+        let block = tokens_per_block(targets.len(), vocabulary);
+        // Negative targets keep their bits.
+        let bits: Vec<u32> = targets.iter().map(|&target| target as i32 as u32).collect();
+        let targets_on_device = self.upload(&bits)?;
+        let losses = self.uninitialised(targets.len(), DType::F32)?;
+        let logits = self.uninitialised((block, vocabulary), DType::F32)?;
+        let dx = if with_gradients { Some(self.uninitialised(x.shape(), dtype)?) } else { None };
+        for first in (0..targets.len()).step_by(block) {
+            let tokens = block.min(targets.len() - first);
+            self.write_logits(x, first, tokens, &panels, weight, &logits)?;
+            let name = if with_gradients { kernel!(dtype, "cross_entropy") } else { "cross_entropy_loss_f32" };
+            let at =
+                |tensor: &Tensor| Ok::<_, candle_core::Error>(Arg::Pointer(self.address(tensor)? + 4 * first as u64));
+            let args = [
+                self.pointer(&logits)?,
+                Arg::U64(vocabulary as u64),
+                at(&targets_on_device)?,
+                at(&losses)?,
+                Arg::U64(tokens as u64),
+                Arg::I32(vocabulary as i32),
+                Arg::F32(scale),
+            ];
+            self.launch(&self.cross_entropy, name, Grid::linear(tokens as u64, THREADS), &args)?;
+            if let Some(dx) = &dx {
+                self.head_gradients(x, first, tokens, &panels, weight, &logits, dx)?;
+            }
+        }
+        let loss = self.zeros((), DType::F32)?;
+        let args = [self.pointer(&losses)?, Arg::U64(targets.len() as u64), self.pointer(&loss)?];
+        self.launch(&self.cross_entropy, "sum_loss_f32", Grid::linear(1, THREADS), &args)?;
+        Ok((loss, dx))
+    }
+
+    fn write_logits(
+        &self,
+        x: &Tensor,
+        first: usize,
+        tokens: usize,
+        panels: &[Panel],
+        weight: &Param,
+        logits: &Tensor,
+    ) -> Result<()> {
+        let (vocabulary, width, dtype) = (weight.rows(), weight.columns(), x.dtype());
+        for panel in panels {
+            let product = Product {
+                shape: (tokens, panel.rows, width),
+                a: Operand::new(self.address(x)? + (first * width * dtype.size_in_bytes()) as u64, width),
+                b: Operand::new(panel.weight, width).t(),
+                out: (self.address(logits)? + 4 * panel.row as u64, vocabulary),
+                add: None,
+                bias: None,
+                dtype,
+                out_dtype: DType::F32,
+            };
+            // SAFETY: `tokens` rows of `x` from `first` on, the leased panel, and its columns of the logits.
+            unsafe { self.multiply(&product)? };
+        }
+        Ok(())
+    }
+
+    /// Gradients of input and weight, from gradients that lie where the logits were.
+    #[expect(clippy::too_many_arguments, reason = "the range of tokens and the tensors of the loop above")]
+    fn head_gradients(
+        &self,
+        x: &Tensor,
+        first: usize,
+        tokens: usize,
+        panels: &[Panel],
+        weight: &Param,
+        logits: &Tensor,
+        dx: &Tensor,
+    ) -> Result<()> {
+        let (vocabulary, width, dtype) = (weight.rows(), weight.columns(), x.dtype());
+        let size = dtype.size_in_bytes();
+        let offset = (first * width * size) as u64;
+        let stride = vocabulary * 4 / size;
+        let several = panels.len() > 1;
+        let sums = if several { Some(self.zeros((tokens, width), DType::F32)?) } else { None };
+        for &panel in panels {
+            let dlogits = self.address(logits)? + (panel.row * size) as u64;
+            let product = Product {
+                shape: (tokens, width, panel.rows),
+                a: Operand::new(dlogits, stride),
+                b: Operand::new(panel.weight, width),
+                out: (sums.as_ref().map_or(Ok(self.address(dx)? + offset), |sums| self.address(sums))?, width),
+                add: sums.as_ref().map(|sums| self.address(sums)).transpose()?,
+                bias: None,
+                dtype,
+                out_dtype: if several { DType::F32 } else { dtype },
+            };
+            // SAFETY: the panel's columns of `tokens` rows of gradients, the leased panel, and rows of `dx`.
+            unsafe { self.multiply(&product)? };
+            if panel.gradient != 0 {
+                let x = (self.address(x)? + offset, width);
+                // SAFETY: as above, into the leased gradient of the panel.
+                unsafe { self.add_weight_gradient(panel, (dlogits, stride), x, tokens, dtype)? };
+            }
+        }
+        if let Some(sums) = sums {
+            let rows = dx.reshape(((), width))?.narrow(0, first, tokens)?;
+            self.write_narrowed(&sums, &rows)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,16 @@
+//! The operations on an NVIDIA GPU: own kernels for what moves memory, cuBLASLt for products, tensors by candle.
+//!
+//! Everything is queued on one stream, in the order of the calls; nothing here waits for the GPU. Sums have a fixed
+//! order, so results have the same bits in every run.
+
+mod activation;
+mod attention;
+mod cross_entropy;
+mod embedding;
+mod linear;
+mod matmul;
+mod norm;
+mod ops;
+mod tensor_map;
+
+pub use ops::CudaOps;

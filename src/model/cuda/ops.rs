@@ -1,0 +1,180 @@
+//! The GPU as the operations see it: tensors, addresses, kernels by element type.
+
+use std::sync::{Arc, Mutex};
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr};
+use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
+use candle_core::op::BackpropOp;
+use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
+use half::{bf16, f16};
+use patrickstar_actors::cuda::{Arg, Gpu, Grid, Kernels};
+
+use super::matmul::Products;
+
+/// Partial sums of a reduction over rows. It decides the order of additions, so it is the same on every GPU.
+pub(super) const PARTIALS: usize = 128;
+
+/// The operations of a model on one GPU.
+pub struct CudaOps {
+    device: Device,
+    cuda: CudaDevice,
+    stream: Arc<CudaStream>,
+    gpu: Arc<Gpu>,
+    pub(super) multiprocessors: u32,
+    pub(super) norm: Kernels,
+    pub(super) activation: Kernels,
+    pub(super) embedding: Kernels,
+    pub(super) cross_entropy: Kernels,
+    pub(super) cast: Kernels,
+    pub(super) attention_forward: Kernels,
+    pub(super) attention_backward_q: Kernels,
+    pub(super) attention_backward_kv: Kernels,
+    pub(super) attention_f32: Kernels,
+    pub(super) products: Mutex<Products>,
+    /// Two counters of the attention kernels.
+    pub(super) counters: Tensor,
+}
+
+/// The name of a kernel for an element type, of those it is compiled for.
+macro_rules! kernel {
+    ($dtype:expr, $name:literal) => {
+        match $dtype {
+            candle_core::DType::F32 => concat!($name, "_f32"),
+            candle_core::DType::BF16 => concat!($name, "_bf16"),
+            candle_core::DType::F16 => concat!($name, "_f16"),
+            other => candle_core::bail!(concat!($name, " has no kernel for {:?}"), other),
+        }
+    };
+}
+pub(super) use kernel;
+
+macro_rules! cubin {
+    ($context:expr, $name:literal) => {
+        Kernels::load($context, $name, include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".cubin")))
+            .map_err(message)?
+    };
+}
+
+/// What an error below candle becomes.
+pub(super) fn message(error: impl std::fmt::Display) -> candle_core::Error {
+    candle_core::Error::Msg(error.to_string())
+}
+
+impl CudaOps {
+    /// Sets up GPU `ordinal`: a stream of its own, no event for every tensor, all kernels loaded.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let device = Device::new_cuda_with_stream(ordinal)?;
+        let cuda = device.as_cuda_device()?.clone();
+        // SAFETY: nothing is allocated yet, and streams are ordered by explicit events.
+        unsafe { cuda.disable_event_tracking() };
+        let stream = cuda.cuda_stream();
+        let context = stream.context().clone();
+        let gpu = Arc::new(Gpu::new(context.clone()).map_err(message)?);
+        let attribute = candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(attribute).map_err(message)?.unsigned_abs();
+        let products = Mutex::new(Products::new(&stream)?);
+        let counters = Tensor::zeros(2, DType::U32, &device)?;
+        Ok(CudaOps {
+            multiprocessors,
+            norm: cubin!(&context, "norm"),
+            activation: cubin!(&context, "activation"),
+            embedding: cubin!(&context, "embedding"),
+            cross_entropy: cubin!(&context, "cross_entropy"),
+            cast: cubin!(&context, "cast"),
+            attention_forward: cubin!(&context, "attention_forward"),
+            attention_backward_q: cubin!(&context, "attention_backward_q"),
+            attention_backward_kv: cubin!(&context, "attention_backward_kv"),
+            attention_f32: cubin!(&context, "attention_f32"),
+            products,
+            counters,
+            device,
+            cuda,
+            stream,
+            gpu,
+        })
+    }
+
+    /// candle's device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The GPU below.
+    pub fn gpu(&self) -> &Arc<Gpu> {
+        &self.gpu
+    }
+
+    /// The stream on which everything is queued.
+    pub fn stream(&self) -> &Arc<CudaStream> {
+        &self.stream
+    }
+
+    /// An uninitialised tensor, for a kernel to write wholly.
+    pub(super) fn uninitialised(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        let shape = shape.into();
+        let elements = shape.elem_count();
+        // SAFETY: callers hand the tensor to a kernel that writes all of it before anybody reads it.
+        let storage = unsafe {
+            match dtype {
+                DType::F32 => self.allocate::<f32>(elements)?,
+                DType::BF16 => self.allocate::<bf16>(elements)?,
+                DType::F16 => self.allocate::<f16>(elements)?,
+                DType::U32 => self.allocate::<u32>(elements)?,
+                other => bail!("no activations of type {other:?} on a GPU"),
+            }
+        };
+        Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    }
+
+    unsafe fn allocate<T: CudaDType + DeviceRepr>(&self, elements: usize) -> Result<CudaStorage> {
+        // SAFETY: by this function's contract.
+        let slice = unsafe { self.cuda.alloc::<T>(elements.max(1)) }?;
+        Ok(CudaStorage::wrap_cuda_slice(slice, self.cuda.clone()))
+    }
+
+    /// A tensor of zeros.
+    pub(super) fn zeros(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+        Tensor::zeros(shape.into(), dtype, &self.device)
+    }
+
+    /// Copies numbers to the device, after what is queued so far.
+    pub(super) fn upload(&self, values: &[u32]) -> Result<Tensor> {
+        Tensor::from_slice(values, values.len(), &self.device)
+    }
+
+    /// The address of a contiguous tensor on this device.
+    pub(super) fn address(&self, tensor: &Tensor) -> Result<u64> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else { bail!("an operation on the GPU got a tensor in host memory") };
+        if !layout.is_contiguous() {
+            bail!("an operation on the GPU needs contiguous tensors: call contiguous() first");
+        }
+        let offset = (layout.start_offset() * tensor.dtype().size_in_bytes()) as u64;
+        let base = match storage.dtype() {
+            DType::F32 => storage.as_cuda_slice::<f32>()?.device_ptr(&self.stream).0,
+            DType::BF16 => storage.as_cuda_slice::<bf16>()?.device_ptr(&self.stream).0,
+            DType::F16 => storage.as_cuda_slice::<f16>()?.device_ptr(&self.stream).0,
+            DType::U32 => storage.as_cuda_slice::<u32>()?.device_ptr(&self.stream).0,
+            other => bail!("an operation on the GPU got a tensor of {other:?}"),
+        };
+        Ok(base + offset)
+    }
+
+    /// As [`CudaOps::address`], as an argument.
+    pub(super) fn pointer(&self, tensor: &Tensor) -> Result<Arg> {
+        self.address(tensor).map(Arg::Pointer)
+    }
+
+    /// Queues a kernel.
+    pub(super) fn launch(&self, kernels: &Kernels, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
+        // SAFETY: callers pass the arguments that the kernel's source lists, from live tensors or leased chunks; memory is
+        // freed in the order of this stream.
+        unsafe { kernels.launch(&self.stream, name, grid, args) }.map_err(message)
+    }
+}
+
+/// Blocks for `n` elements of an element-wise kernel.
+pub(super) fn elementwise(n: usize) -> Grid {
+    Grid::linear((n as u64).div_ceil(8192), 256)
+}

@@ -1,0 +1,357 @@
+// Attention backward on 16-bit inputs, queries: row statistics and dq.
+//
+// kernels   attention_backward_q_{bf16,f16}_d{64,96,128,256}
+//           A block owns a tile of queries and walks over the keys. On the way it leaves, per
+//           query, the sum of do * o and the logsumexp in base 2 in stats.
+// grid      x = min(tiles, multiprocessors), any x from 1 to tiles gives the same bits;
+//           tiles = ceil(time / 128) * batch * q_heads
+// block     384
+// shared    bytes, dynamic: d64 99 584, d96 197 888, d128 197 888, d256 197 760
+// arguments map_q, map_k, map_v, map_do (tensor maps by value), o (T*), o_stride (i64),
+//           lse (f32*), stats (f32*), d_q (T*), dq_stride (i64),
+//           batch, time, q_heads, kv_heads, head_dim (i32), scale (f32),
+//           causal, window (i32), seg_start, seg_end (i32*), schedule (i32*)
+// See attention_backward.cuh for the order of launches and for stats.
+
+#include "attention_backward.cuh"
+
+using namespace attention;
+
+namespace {
+
+template <typename T>
+__device__ __forceinline__ float dot8(const uint4& a, const uint4& b) {
+  const uint32_t x[4] = {a.x, a.y, a.z, a.w};
+  const uint32_t y[4] = {b.x, b.y, b.z, b.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float x0, x1, y0, y1;
+    unpack<T>(x[i], x0, x1);
+    unpack<T>(y[i], y0, y1);
+    sum = fmaf(x0, y0, sum);
+    sum = fmaf(x1, y1, sum);
+  }
+  return sum;
+}
+
+constexpr int QUERIES = 64 * COMPUTE_GROUPS;
+
+template <int WIDTH>
+struct QLayout {
+  // Up to width 128 the queries' operands move to registers when a tile starts: products
+  // then read half as much shared memory, and the buffer is free for the next tile.
+  static constexpr bool HELD = WIDTH > 64 && WIDTH <= 128;
+  static constexpr int KEYS = 64;
+  static constexpr int STAGES = WIDTH > 128 ? 1 : 4;  // of keys and of values
+  static constexpr int PANELS = (WIDTH + PANEL - 1) / PANEL;
+  static constexpr int Q_BYTES = PANELS * QUERIES * PANEL_ROW_BYTES;
+  static constexpr int KV_BYTES = PANELS * KEYS * PANEL_ROW_BYTES;
+  static constexpr int K_OFFSET = 2 * Q_BYTES;
+  static constexpr int V_OFFSET = K_OFFSET + STAGES * KV_BYTES;
+  static constexpr int BARRIERS = V_OFFSET + STAGES * KV_BYTES;
+
+  uint32_t base;
+  __device__ __forceinline__ uint32_t q() const { return base; }
+  __device__ __forceinline__ uint32_t d_o() const { return base + Q_BYTES; }
+  __device__ __forceinline__ uint32_t k(int s) const { return base + K_OFFSET + s * KV_BYTES; }
+  __device__ __forceinline__ uint32_t v(int s) const { return base + V_OFFSET + s * KV_BYTES; }
+  __device__ __forceinline__ uint32_t q_full() const { return base + BARRIERS; }
+  __device__ __forceinline__ uint32_t q_empty() const { return base + BARRIERS + 8; }
+  __device__ __forceinline__ uint32_t tile_full() const { return base + BARRIERS + 16; }
+  __device__ __forceinline__ uint32_t tile_slot() const { return base + BARRIERS + 24; }
+  __device__ __forceinline__ uint32_t k_full(int s) const { return base + BARRIERS + 32 + 8 * s; }
+  __device__ __forceinline__ uint32_t k_empty(int s) const { return k_full(STAGES + s); }
+  __device__ __forceinline__ uint32_t v_full(int s) const { return k_full(2 * STAGES + s); }
+  __device__ __forceinline__ uint32_t v_empty(int s) const { return k_full(3 * STAGES + s); }
+
+  __device__ __forceinline__ void init_barriers() const {
+    barrier_init(q_full(), 1);
+    barrier_init(q_empty(), COMPUTE_WARPS);
+    barrier_init(tile_full(), 1);
+    for (int s = 0; s < STAGES; ++s) {
+      barrier_init(k_full(s), 1);
+      barrier_init(v_full(s), 1);
+      barrier_init(k_empty(s), COMPUTE_WARPS);
+      barrier_init(v_empty(s), COMPUTE_WARPS);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+};
+
+template <typename T>
+struct QueryRows {
+  const T* o;
+  int64_t o_stride;
+  const float* lse;
+  float* stats;
+  T* d_q;
+  int64_t dq_stride;
+};
+
+// A thread's quarter of two rows of o, in flight while the tile's other operands arrive.
+template <typename T, int WIDTH>
+struct RowOutput {
+  static constexpr int PIECES = (WIDTH + 31) / 32;  // of 8 columns, every fourth one
+  uint4 piece[2][PIECES];
+
+  __device__ __forceinline__ RowOutput(const QueryRows<T>& rows, const BackwardArguments& args,
+                                       int batch, int head, int row) {
+    const int quarter = threadIdx.x % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int at = min(row + 8 * half, args.time - 1);
+      const T* o = rows.o + (static_cast<int64_t>(batch) * args.time + at) * rows.o_stride +
+                   static_cast<int64_t>(head) * args.head_dim;
+#pragma unroll
+      for (int i = 0; i < PIECES; ++i) {
+        const int column = (quarter + 4 * i) * 8;
+        piece[half][i] = column < args.head_dim
+                             ? __ldg(reinterpret_cast<const uint4*>(o + column))
+                             : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // The row's o . do; `d_o` is the address of its row in the first panel.
+  __device__ __forceinline__ float dot(int half, uint32_t d_o) const {
+    const int quarter = threadIdx.x % 4;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < PIECES; ++i) {
+      const int column = quarter + 4 * i;  // in 16-byte pieces, eight in a panel
+      const uint32_t panel = d_o + i / 2 * QUERIES * PANEL_ROW_BYTES;
+      sum += dot8<T>(piece[half][i], load_16_bytes(panel + swizzled(column % 8, d_o)));
+    }
+    return quad_sum(sum);
+  }
+};
+
+template <typename T, int WIDTH>
+__device__ __forceinline__ void q_copy_loop(const QLayout<WIDTH>& shared, const BackwardArguments& args,
+                                            const BackwardMaps& maps) {
+  const TileList list = query_tiles<QUERIES>(args);
+  using L = QLayout<WIDTH>;
+  Ring<L::STAGES> ring;
+  uint32_t q_phase = 0;
+  const int group = args.q_heads / args.kv_heads;
+  for (int drawn = blockIdx.x;;) {
+    barrier_wait(shared.q_empty(), q_phase ^ 1);
+    store_tile(shared.tile_slot(), drawn < list.total ? drawn : NO_TILE);
+    barrier_arrive(shared.tile_full());
+    if (drawn >= list.total) break;
+    const QueryTile<QUERIES, L::KEYS> work(args, list, drawn);
+    drawn = draw_tile(args.schedule);  // arrives while this tile is copied
+    const int kv_head = work.head / group;
+    barrier_expect(shared.q_full(), 2 * L::Q_BYTES);
+    copy_tile<QUERIES, WIDTH>(shared.q(), maps.q, shared.q_full(), work.row, work.head,
+                              work.batch);
+    copy_tile<QUERIES, WIDTH>(shared.d_o(), maps.d_o, shared.q_full(), work.row, work.head,
+                              work.batch);
+    q_phase ^= 1;
+#pragma unroll 1
+    for (int tile = work.last_tile; tile >= work.first_tile; --tile) {
+      const int s = ring.stage;
+      barrier_wait(shared.k_empty(s), ring.phase ^ 1);
+      barrier_expect(shared.k_full(s), L::KV_BYTES);
+      copy_tile<L::KEYS, WIDTH>(shared.k(s), maps.k, shared.k_full(s), tile * L::KEYS, kv_head,
+                                work.batch);
+      barrier_wait(shared.v_empty(s), ring.phase ^ 1);
+      barrier_expect(shared.v_full(s), L::KV_BYTES);
+      copy_tile<L::KEYS, WIDTH>(shared.v(s), maps.v, shared.v_full(s), tile * L::KEYS, kv_head,
+                                work.batch);
+      ring.advance();
+    }
+  }
+  leave_schedule(args.schedule);
+}
+
+template <typename T, int WIDTH>
+__device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
+                                               const BackwardArguments& args, int group,
+                                               const QueryRows<T>& out) {
+  const TileList list = query_tiles<QUERIES>(args);
+  using L = QLayout<WIDTH>;
+  constexpr int KEYS = L::KEYS;
+  const int lane = threadIdx.x % 32;
+  const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
+  const bool speaks = lane == 0;
+  const float factor = args.scale * LOG2_E;
+  const uint32_t q = shared.q() + group * 64 * PANEL_ROW_BYTES;
+  const uint32_t d_o = shared.d_o() + group * 64 * PANEL_ROW_BYTES;
+  Ring<L::STAGES> ring;
+  uint32_t q_phase = 0;
+
+  for (;;) {
+    barrier_wait(shared.tile_full(), q_phase);
+    const int drawn = load_tile(shared.tile_slot());
+    if (drawn == NO_TILE) break;
+    const QueryTile<QUERIES, KEYS> work(args, list, drawn);
+    const Mask mask = args.mask(work.batch);
+    // The keys that this warpgroup's 64 rows need, and those that all of them see.
+    const int first = work.row + group * 64;
+    const int share_first = uniform(mask.first_key(first) / KEYS);
+    const int share_last = uniform((mask.end_key(first + 63) - 1) / KEYS);
+    const int all_from = mask.first_key(first + 63);
+    const int all_to = mask.end_key(first);
+    const int row = first + row_in_group;
+    float sum[WIDTH / 8][4];
+    clear(sum);
+    int held = -1;  // stage whose keys are still being multiplied
+
+    const int64_t at = args.stats_at(work.batch, work.head) + row;
+    const int64_t lse_at =
+        (static_cast<int64_t>(work.batch) * args.q_heads + work.head) * args.time + row;
+    const RowOutput<T, WIDTH> output(out, args, work.batch, work.head, row);
+    float lse[2], delta[2];
+    // Rows that do not exist get probability exp2(-inf) = 0.
+    lse[0] = row < args.time ? LOG2_E * __ldg(out.lse + lse_at) : INFINITY;
+    lse[1] = row + 8 < args.time ? LOG2_E * __ldg(out.lse + lse_at + 8) : INFINITY;
+    barrier_wait(shared.q_full(), q_phase);
+    q_phase ^= 1;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      delta[half] = output.dot(half, d_o + (row_in_group + 8 * half) * PANEL_ROW_BYTES);
+      if (lane % 4 == 0) {
+        out.stats[at + 8 * half] = lse[half];
+        out.stats[args.stats_half() + at + 8 * half] = delta[half];
+      }
+    }
+    uint32_t held_q[L::HELD ? WIDTH / 16 : 1][4];
+    uint32_t held_do[L::HELD ? WIDTH / 16 : 1][4];
+    if constexpr (L::HELD) {
+      load_operand<QUERIES, WIDTH>(held_q, q);
+      load_operand<QUERIES, WIDTH>(held_do, d_o);
+      __syncwarp();
+      if (speaks) barrier_arrive(shared.q_empty());
+    }
+
+    // Tiles that only the other warpgroup needs. They are waited for all the same: arriving
+    // a round early would be taken for the current round.
+    const auto skip = [&](int from, int to) {
+#pragma unroll 1
+      for (int tile = from; tile > to; --tile) {
+        barrier_wait(shared.k_full(ring.stage), ring.phase);
+        barrier_wait(shared.v_full(ring.stage), ring.phase);
+        if (speaks) {
+          barrier_arrive(shared.k_empty(ring.stage));
+          barrier_arrive(shared.v_empty(ring.stage));
+        }
+        ring.advance();
+      }
+    };
+
+    skip(work.last_tile, share_last);
+#pragma unroll 1
+    for (int tile = share_last; tile >= share_first; --tile) {
+      const int stage = ring.stage;
+      float s[KEYS / 8][4];
+      float d_p[KEYS / 8][4];
+      uint32_t d_s[KEYS / 16][4];
+
+      barrier_wait(shared.k_full(stage), ring.phase);
+      wgmma_fence();
+      if constexpr (L::HELD)
+        multiply_held_rows<T, KEYS, WIDTH, KEYS>(s, held_q, shared.k(stage));
+      else
+        multiply_rows<T, KEYS, WIDTH, QUERIES, KEYS>(s, q, shared.k(stage));
+      wgmma_commit();
+      barrier_wait(shared.v_full(stage), ring.phase);
+      wgmma_fence();
+      if constexpr (L::HELD)
+        multiply_held_rows<T, KEYS, WIDTH, KEYS>(d_p, held_do, shared.v(stage));
+      else
+        multiply_rows<T, KEYS, WIDTH, QUERIES, KEYS>(d_p, d_o, shared.v(stage));
+      wgmma_commit();
+      wgmma_wait<1>();
+      pin(s);
+      pin(sum);
+      if (held >= 0 && speaks) barrier_arrive(shared.k_empty(held));
+      held = stage;
+
+      if (tile * KEYS < all_from || (tile + 1) * KEYS > all_to)
+        hide<KEYS>(s, mask, row, tile * KEYS);
+#pragma unroll
+      for (int t = 0; t < KEYS / 8; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[t][i] = exp2_fast(s[t][i] * factor - lse[i / 2]);
+      wgmma_wait<0>();
+      pin(d_p);
+      if (speaks) barrier_arrive(shared.v_empty(stage));
+#pragma unroll
+      for (int t = 0; t < KEYS / 8; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[t][i] *= d_p[t][i] - delta[i / 2];
+      pack_operand<T>(d_s, s);
+      wgmma_fence();
+      multiply_columns<T, KEYS, WIDTH>(sum, d_s, shared.k(stage));
+      wgmma_commit();
+      if constexpr (L::STAGES == 1) {  // the next tile needs this very buffer
+        wgmma_wait<0>();
+        pin(sum);
+        if (speaks) barrier_arrive(shared.k_empty(stage));
+        held = -1;
+      }
+      ring.advance();
+    }
+    wgmma_wait<0>();
+    pin(sum);
+    if (speaks) {
+      if (held >= 0) barrier_arrive(shared.k_empty(held));
+      if constexpr (!L::HELD) barrier_arrive(shared.q_empty());
+    }
+    skip(share_first - 1, work.first_tile - 1);
+
+    T* rows = out.d_q + (static_cast<int64_t>(work.batch) * args.time + first) * out.dq_stride +
+              static_cast<int64_t>(work.head) * args.head_dim;
+    store_rows<T, WIDTH>(rows, out.dq_stride, args.time - first, args.head_dim, sum, args.scale,
+                         args.scale);
+  }
+}
+
+template <typename T, int WIDTH>
+__device__ __forceinline__ void backward_q(const BackwardMaps& maps,
+                                           const BackwardArguments& args,
+                                           const QueryRows<T>& out) {
+  extern __shared__ uint8_t dynamic_shared[];
+  const QLayout<WIDTH> shared{(shared_address(dynamic_shared) + 1023) & ~1023u};
+  if (threadIdx.x == 0) {
+    maps.prefetch();
+    shared.init_barriers();
+  }
+  __syncthreads();
+  const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
+  if (warpgroup == 0) {
+    give_registers<24>();
+    if (threadIdx.x == 0) q_copy_loop<T, WIDTH>(shared, args, maps);
+  } else {
+    take_registers<240>();
+    q_compute_loop<T, WIDTH>(shared, args, warpgroup - 1, out);
+  }
+}
+
+}  // namespace
+
+#define ATTENTION_BACKWARD_Q(NAME, TYPE, WIDTH)                                                 \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1)                                      \
+      attention_backward_q_##NAME##_d##WIDTH(                                                   \
+          const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,     \
+          const __grid_constant__ TensorMap map_v, const __grid_constant__ TensorMap map_do,    \
+          const TYPE* o, int64_t o_stride, const float* lse, float* stats, TYPE* d_q,           \
+          int64_t dq_stride, int batch, int time, int q_heads, int kv_heads, int head_dim,      \
+          float scale, int causal, int window, const int* seg_start, const int* seg_end,        \
+          int* schedule) {                                                                      \
+    backward_q<TYPE, WIDTH>({map_q, map_k, map_v, map_do},                                      \
+                            {batch, time, q_heads, kv_heads, head_dim, scale, causal, window,   \
+                             seg_start, seg_end, schedule},                                     \
+                            {o, o_stride, lse, stats, d_q, dq_stride});                         \
+  }
+
+ATTENTION_BACKWARD_Q(bf16, __nv_bfloat16, 64)
+ATTENTION_BACKWARD_Q(bf16, __nv_bfloat16, 96)
+ATTENTION_BACKWARD_Q(bf16, __nv_bfloat16, 128)
+ATTENTION_BACKWARD_Q(bf16, __nv_bfloat16, 256)
+ATTENTION_BACKWARD_Q(f16, __half, 64)
+ATTENTION_BACKWARD_Q(f16, __half, 96)
+ATTENTION_BACKWARD_Q(f16, __half, 128)
+ATTENTION_BACKWARD_Q(f16, __half, 256)

@@ -1,0 +1,261 @@
+// Cross-entropy of rows of logits, and its gradient in place of them.
+//
+// kernel                             arguments                                                                grid     block
+// cross_entropy_T (f32, bf16, f16)   float* logits, uint64_t ld, const int* targets, float* loss,             any [1]  1024
+//                                    uint64_t rows, int vocab, float scale
+// cross_entropy_loss_f32             const float* logits, uint64_t ld, const int* targets, float* loss,       any [1]  1024
+//                                    uint64_t rows, int vocab, float scale
+// sum_loss_f32                       const float* loss, uint64_t n, float* out                                1        1024
+//
+// [1] rows is good, or ceil(rows / 32) up to a vocab of 2048, where a warp takes a row. No dynamic shared memory, no
+// scratch. Logits at a multiple of 16 bytes with an ld that is a multiple of 4 are read by vector accesses.
+// Row r of the logits is at logits + r * ld. loss[r] = (log-sum-exp of the row - logit of the target) * scale, and 0 where
+// the target is ignored: -100, or anything else outside [0, vocab). cross_entropy_T overwrites the row with
+// (softmax - one-hot) * scale, zeros where ignored, as a T row at the same address: the result is a matrix of T with
+// leading dimension ld * 4 / sizeof(T), whose elements beyond vocab are undefined. cross_entropy_loss_f32 only reads.
+// sum_loss_f32 adds the sum, taken in double, to *out.
+
+#include "common.cuh"
+
+constexpr int ROW_BLOCK = 1024;
+constexpr int ROW_WARPS = ROW_BLOCK / WARP;
+constexpr int NARROW_VOCAB = 2048; // up to this a warp takes a row, beyond it a block
+constexpr int QUAD = 4;            // consecutive logits of a thread
+constexpr int KEPT = 8;            // quads at the start of a row that a thread keeps from the first pass to the second
+constexpr int QUADS = 4;           // quads in flight in the rest of it
+constexpr float LOWEST = -3.402823466e38f;
+
+// The threads of a row: a warp, or the whole block.
+template <int SIZE> struct RowThreads {
+    static constexpr int KEPT_TILE = SIZE * QUAD * KEPT;
+    static constexpr int TILE = SIZE * QUAD * QUADS;
+
+    static __device__ __forceinline__ int index() { return threadIdx.x % SIZE; }
+
+    // The first element of this thread's quad q in a tile.
+    static __device__ __forceinline__ int element(int q) { return (q * SIZE + index()) * QUAD; }
+
+    static __device__ __forceinline__ void barrier() {
+        if constexpr (SIZE == WARP) __syncwarp();
+        else __syncthreads();
+    }
+};
+
+struct Quad {
+    float value[QUAD];
+};
+
+// Logits beyond the row are minus infinity, which adds nothing to a sum of exponentials.
+template <bool VECTOR> __device__ __forceinline__ Quad load_quad(const float* row, int index, int vocab) {
+    if (VECTOR && index + QUAD <= vocab) {
+        const float4 v = *reinterpret_cast<const float4*>(row + index);
+        return {{v.x, v.y, v.z, v.w}};
+    }
+    Quad quad;
+#pragma unroll
+    for (int k = 0; k < QUAD; k++) quad.value[k] = index + k < vocab ? row[index + k] : -INFINITY;
+    return quad;
+}
+
+__device__ __forceinline__ void store_values(f32* p, const Quad& q) {
+    *reinterpret_cast<float4*>(p) = make_float4(q.value[0], q.value[1], q.value[2], q.value[3]);
+}
+
+__device__ __forceinline__ void store_values(bf16* p, const Quad& q) {
+    __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(q.value[0], q.value[1]), __floats2bfloat162_rn(q.value[2], q.value[3])};
+    *reinterpret_cast<uint2*>(p) = *reinterpret_cast<uint2*>(pair);
+}
+
+__device__ __forceinline__ void store_values(f16* p, const Quad& q) {
+    __half2 pair[2] = {__floats2half2_rn(q.value[0], q.value[1]), __floats2half2_rn(q.value[2], q.value[3])};
+    *reinterpret_cast<uint2*>(p) = *reinterpret_cast<uint2*>(pair);
+}
+
+template <bool VECTOR, typename T> __device__ __forceinline__ void store_quad(T* row, int index, int vocab, const Quad& quad) {
+    if (VECTOR && index + QUAD <= vocab) {
+        store_values(row + index, quad);
+        return;
+    }
+#pragma unroll
+    for (int k = 0; k < QUAD; k++) {
+        if (index + k < vocab) row[index + k] = from_float<T>(quad.value[k]);
+    }
+}
+
+// The highest logit of a part of a row, and the sum of exp(logit - highest).
+struct Partition {
+    float highest = LOWEST, sum = 0.0f;
+
+    // In steps of QUADS, so that the sum has the same bits whether quads are kept or not.
+    template <int FIRST, int N> __device__ __forceinline__ void add(const Quad (&quads)[N]) {
+        float top = highest;
+#pragma unroll
+        for (int q = FIRST; q < FIRST + QUADS; q++) {
+#pragma unroll
+            for (int k = 0; k < QUAD; k++) top = fmaxf(top, quads[q].value[k]);
+        }
+        sum *= fast_exp(highest - top);
+        highest = top;
+#pragma unroll
+        for (int q = FIRST; q < FIRST + QUADS; q++) {
+#pragma unroll
+            for (int k = 0; k < QUAD; k++) sum += fast_exp(quads[q].value[k] - top);
+        }
+        if constexpr (FIRST + QUADS < N) add<FIRST + QUADS>(quads);
+    }
+
+    __device__ __forceinline__ void merge(float other_highest, float other_sum) {
+        const float top = fmaxf(highest, other_highest);
+        sum = sum * fast_exp(highest - top) + other_sum * fast_exp(other_highest - top);
+        highest = top;
+    }
+
+    __device__ __forceinline__ void merge_warp() {
+#pragma unroll
+        for (int offset = WARP / 2; offset > 0; offset /= 2) {
+            const float other_highest = __shfl_xor_sync(ALL_LANES, highest, offset);
+            merge(other_highest, __shfl_xor_sync(ALL_LANES, sum, offset));
+        }
+    }
+};
+
+// The same in all threads of a row.
+template <int SIZE> __device__ __forceinline__ Partition merge_row(Partition part, float2* shared) {
+    part.merge_warp();
+    if constexpr (SIZE > WARP) {
+        const int lane = threadIdx.x % WARP;
+        if (lane == 0) shared[threadIdx.x / WARP] = make_float2(part.highest, part.sum);
+        __syncthreads();
+        part.highest = shared[lane].x;
+        part.sum = shared[lane].y;
+        part.merge_warp();
+    }
+    return part;
+}
+
+// A quad of logits becomes one of gradients.
+__device__ __forceinline__ void differentiate(Quad& quad, int index, int target, float scale, float factor, float highest) {
+#pragma unroll
+    for (int k = 0; k < QUAD; k++) {
+        quad.value[k] = fast_exp(quad.value[k] - highest) * factor;
+        if (index + k == target) quad.value[k] -= scale;
+    }
+}
+
+// Replaces the row by its gradient. A narrow T is written over logits that lie before the tile it was computed from, and
+// all threads have read a tile before anyone goes on to the next.
+template <int SIZE, bool VECTOR, typename T>
+__device__ __forceinline__ void write_gradient(
+    const float* row, T* gradient, int vocab, int target, float scale, const Partition& part, Quad (&kept)[KEPT]
+) {
+    using Threads = RowThreads<SIZE>;
+    const float factor = scale / part.sum;
+#pragma unroll
+    for (int q = 0; q < KEPT; q++) {
+        const int index = Threads::element(q);
+        differentiate(kept[q], index, target, scale, factor, part.highest);
+        store_quad<VECTOR>(gradient, index, vocab, kept[q]);
+    }
+    for (int base = Threads::KEPT_TILE; base < vocab; base += Threads::TILE) {
+        Quad quads[QUADS];
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) quads[q] = load_quad<VECTOR>(row, base + Threads::element(q), vocab);
+        if (sizeof(T) < sizeof(float)) Threads::barrier();
+#pragma unroll
+        for (int q = 0; q < QUADS; q++) {
+            const int index = base + Threads::element(q);
+            differentiate(quads[q], index, target, scale, factor, part.highest);
+            store_quad<VECTOR>(gradient, index, vocab, quads[q]);
+        }
+    }
+}
+
+// T is NoGradient where none is wanted.
+template <typename T, int SIZE, bool VECTOR>
+__device__ __forceinline__ void cross_entropy(
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, float2* shared
+) {
+    constexpr bool GRADIENT = sizeof(T) > 1;
+    using Threads = RowThreads<SIZE>;
+    for (uint64_t r = global_thread() / SIZE; r < rows; r += grid_threads() / SIZE) {
+        float* row = logits + r * ld;
+        const int target = targets[r];
+        if (target < 0 || target >= vocab) {
+            if (Threads::index() == 0) loss[r] = 0.0f;
+            if constexpr (GRADIENT) {
+                const Quad zeros = {};
+                for (int i = Threads::element(0); i < vocab; i += SIZE * QUAD) {
+                    store_quad<VECTOR>(reinterpret_cast<T*>(row), i, vocab, zeros);
+                }
+            }
+            continue;
+        }
+        const float target_logit = row[target];
+        Quad kept[KEPT];
+        Partition part;
+        if constexpr (GRADIENT) {
+#pragma unroll
+            for (int q = 0; q < KEPT; q++) kept[q] = load_quad<VECTOR>(row, Threads::element(q), vocab);
+            part.add<0>(kept);
+        }
+        for (int base = GRADIENT ? Threads::KEPT_TILE : 0; base < vocab; base += Threads::TILE) {
+            Quad quads[QUADS];
+#pragma unroll
+            for (int q = 0; q < QUADS; q++) quads[q] = load_quad<VECTOR>(row, base + Threads::element(q), vocab);
+            part.add<0>(quads);
+        }
+        part = merge_row<SIZE>(part, shared);
+        if (Threads::index() == 0) loss[r] = (part.highest - target_logit + logf(part.sum)) * scale;
+        if constexpr (GRADIENT) {
+            // Nobody writes before all have read what they keep; in a block the merge has seen to that.
+            if (SIZE == WARP) Threads::barrier();
+            write_gradient<SIZE, VECTOR>(row, reinterpret_cast<T*>(row), vocab, target, scale, part, kept);
+        }
+        // The next row uses `shared` again.
+        Threads::barrier();
+    }
+}
+
+struct NoGradient {};
+
+template <typename T>
+__device__ __forceinline__ void cross_entropy_any(
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale
+) {
+    __shared__ float2 shared[ROW_WARPS];
+    const bool vector = aligned(logits) && ld % QUAD == 0;
+    if (vocab <= NARROW_VOCAB) {
+        if (vector) cross_entropy<T, WARP, true>(logits, ld, targets, loss, rows, vocab, scale, shared);
+        else cross_entropy<T, WARP, false>(logits, ld, targets, loss, rows, vocab, scale, shared);
+    } else {
+        if (vector) cross_entropy<T, ROW_BLOCK, true>(logits, ld, targets, loss, rows, vocab, scale, shared);
+        else cross_entropy<T, ROW_BLOCK, false>(logits, ld, targets, loss, rows, vocab, scale, shared);
+    }
+}
+
+#define CROSS_ENTROPY_KERNEL(T)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                               \
+        float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale      \
+    ) {                                                                                                         \
+        cross_entropy_any<T>(logits, ld, targets, loss, rows, vocab, scale);                                    \
+    }
+
+FOR_EACH_TYPE(CROSS_ENTROPY_KERNEL)
+
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 2) cross_entropy_loss_f32(
+    const float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale
+) {
+    cross_entropy_any<NoGradient>(const_cast<float*>(logits), ld, targets, loss, rows, vocab, scale);
+}
+
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK) sum_loss_f32(const float* loss, uint64_t n, float* out) {
+    __shared__ double shared[ROW_BLOCK];
+    double sum = 0.0;
+    for (uint64_t i = threadIdx.x; i < n; i += ROW_BLOCK) sum += double(loss[i]);
+    shared[threadIdx.x] = sum;
+    for (int width = ROW_BLOCK / 2; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) *out = float(double(*out) + shared[0]);
+}

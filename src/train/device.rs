@@ -1,0 +1,99 @@
+//! What the configuration's device stands for: operations, the backend of the device tier, and how memory is measured.
+
+use std::sync::Arc;
+
+use patrickstar_actors::memory::{Backend, CpuBackend};
+use patrickstar_actors::monitor::MemoryProbe;
+use patrickstar_actors::types::Bytes;
+
+use crate::config::{self, DeviceKind};
+use crate::error::Error;
+use crate::model::compute::Compute;
+use crate::telemetry::alloc;
+
+/// An opened device.
+pub(crate) struct Device {
+    pub compute: Compute,
+    pub backend: Arc<dyn Backend>,
+    pub probe: Arc<dyn MemoryProbe>,
+}
+
+/// Measures activations through the counting allocator of this process, where it is installed.
+struct AllocatorProbe;
+
+impl MemoryProbe for AllocatorProbe {
+    fn live(&self) -> Bytes {
+        Bytes(alloc::live_bytes())
+    }
+
+    fn take_peak(&self) -> Bytes {
+        let peak = alloc::peak_bytes();
+        alloc::reset_peak();
+        Bytes(peak)
+    }
+}
+
+/// Whether this configuration computes on a GPU.
+pub(crate) fn is_cuda(compute: &config::Compute) -> bool {
+    match compute.device {
+        DeviceKind::Auto => cfg!(feature = "cuda"),
+        DeviceKind::Cpu => false,
+        DeviceKind::Cuda => true,
+    }
+}
+
+impl Device {
+    pub fn open(config: &config::Compute) -> Result<Self, Error> {
+        if is_cuda(config) { open_gpu(config.ordinal) } else { Ok(Self::host()) }
+    }
+
+    fn host() -> Self {
+        Device { compute: Compute::Cpu, backend: Arc::new(CpuBackend), probe: Arc::new(AllocatorProbe) }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_gpu(_: usize) -> Result<Device, Error> {
+    Err(Error::Failed(
+        "compute.device is \"cuda\", and this program was built for the host: build with --features cuda, or set compute.device = \"cpu\"".into(),
+    ))
+}
+
+#[cfg(feature = "cuda")]
+fn open_gpu(ordinal: usize) -> Result<Device, Error> {
+    use patrickstar_actors::memory::CudaBackend;
+
+    use crate::model::cuda::CudaOps;
+
+    let ops = CudaOps::new(ordinal).map_err(|error| {
+        Error::Failed(format!(
+            "GPU {ordinal} cannot be used: {}; check the driver with nvidia-smi and the number in compute.ordinal, or set compute.device = \"cpu\"",
+            error.to_string().lines().next().unwrap_or_default()
+        ))
+    })?;
+    let ops = Arc::new(ops);
+    Ok(Device {
+        backend: Arc::new(CudaBackend::new(Arc::clone(ops.gpu()), Arc::clone(ops.stream()))),
+        probe: Arc::new(PoolProbe(Arc::clone(ops.gpu()))),
+        compute: Compute::Cuda(ops),
+    })
+}
+
+/// Measures activations by the pool from which candle takes them.
+#[cfg(feature = "cuda")]
+struct PoolProbe(Arc<patrickstar_actors::cuda::Gpu>);
+
+#[cfg(feature = "cuda")]
+impl MemoryProbe for PoolProbe {
+    fn live(&self) -> Bytes {
+        self.0.pool_use().map_or(Bytes(0), |pool| pool.live)
+    }
+
+    fn take_peak(&self) -> Bytes {
+        let peak = self.0.pool_use().map_or(Bytes(0), |pool| pool.peak);
+        if let Err(error) = self.0.reset_pool_peak() {
+            tracing::warn!(%error, "the peak of the memory pool cannot be reset");
+        }
+        peak
+    }
+}

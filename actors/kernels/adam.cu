@@ -31,7 +31,9 @@ struct Scalars {
 
 // The order of operations of `update` on the host.
 template <bool L2, bool FROM_GRADIENT>
-__device__ __forceinline__ void update(const Scalars& s, float& weight, float& momentum, float& variance, float gradient) {
+__device__ __forceinline__ void update(
+    const Scalars& s, float& weight, float& momentum, float& variance, float gradient
+) {
     gradient = __fmul_rn(gradient, s.gradient_scale);
     if (L2) gradient = __fadd_rn(gradient, __fmul_rn(s.l2, weight));
     else weight = __fmul_rn(weight, s.shrink);
@@ -62,8 +64,12 @@ template <typename T> struct alignas(LANES * sizeof(T)) Quad {
     T lane[LANES];
 };
 
-template <typename T> __device__ __forceinline__ Quad<T> load_quad(const T* p) { return *reinterpret_cast<const Quad<T>*>(p); }
-template <typename T> __device__ __forceinline__ void store_quad(T* p, const Quad<T>& q) { *reinterpret_cast<Quad<T>*>(p) = q; }
+template <typename T> __device__ __forceinline__ Quad<T> load_quad(const T* p) {
+    return *reinterpret_cast<const Quad<T>*>(p);
+}
+template <typename T> __device__ __forceinline__ void store_quad(T* p, const Quad<T>& q) {
+    *reinterpret_cast<Quad<T>*>(p) = q;
+}
 
 template <typename T> __device__ __forceinline__ bool aligned(const T* pointer) {
     return reinterpret_cast<uintptr_t>(pointer) % sizeof(Quad<T>) == 0;
@@ -108,7 +114,9 @@ struct WeightBf16 {
         __device__ __forceinline__ float value(int k) const { return join(weight.lane[k], low.lane[k]); }
         __device__ __forceinline__ void set(int k, float value) { split(value, weight.lane[k], low.lane[k]); }
     };
-    __device__ __forceinline__ Loaded load_quads(uint64_t i) const { return {load_quad(weight + i), load_quad(low + i)}; }
+    __device__ __forceinline__ Loaded load_quads(uint64_t i) const {
+        return {load_quad(weight + i), load_quad(low + i)};
+    }
     __device__ __forceinline__ void store_quads(uint64_t i, const Loaded& q) const {
         store_quad(weight + i, q.weight);
         store_quad(low + i, q.low);
@@ -117,7 +125,8 @@ struct WeightBf16 {
 
 template <bool L2, bool FROM_GRADIENT, typename Weight>
 __device__ __forceinline__ void adam(
-    const Scalars& s, const Weight& weight, float* momentum, float* variance, const typename Weight::Gradient* gradient, uint64_t n
+    const Scalars& s, const Weight& weight, float* momentum, float* variance, const typename Weight::Gradient* gradient,
+    uint64_t n
 ) {
     const uint64_t thread = uint64_t(blockIdx.x) * BLOCK + threadIdx.x, threads = uint64_t(gridDim.x) * BLOCK;
     const uint64_t lead = min(n, weight.before_quad());
@@ -166,11 +175,10 @@ __device__ __forceinline__ void adam_any(
     else adam<false, false>(s, weight, momentum, variance, gradient, n);
 }
 
-#define SCALAR_ARGUMENTS                                                                                               \
-    float gradient_scale, float shrink, float l2, float lerp, float beta2, float one_minus_beta2, float sqrt_correction2, \
-        float eps, float negative_step_size, int use_l2, int lerp_from_gradient
-#define SCALARS                                                                                                        \
-    { gradient_scale, shrink, l2, lerp, beta2, one_minus_beta2, sqrt_correction2, eps, negative_step_size }
+#define SCALAR_ARGUMENTS                                                                          \
+    float gradient_scale, float shrink, float l2, float lerp, float beta2, float one_minus_beta2, \
+        float sqrt_correction2, float eps, float negative_step_size, int use_l2, int lerp_from_gradient
+#define SCALARS {gradient_scale, shrink, l2, lerp, beta2, one_minus_beta2, sqrt_correction2, eps, negative_step_size}
 
 extern "C" __global__ void __launch_bounds__(BLOCK)
     adam_fp32(float* weight, float* momentum, float* variance, const float* gradient, uint64_t n, SCALAR_ARGUMENTS) {
@@ -179,7 +187,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK)
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK) adam_bf16(
-    uint16_t* weight, uint16_t* low, float* momentum, float* variance, const uint16_t* gradient, uint64_t n, SCALAR_ARGUMENTS
+    uint16_t* weight, uint16_t* low, float* momentum, float* variance, const uint16_t* gradient, uint64_t n,
+    SCALAR_ARGUMENTS
 ) {
     const Scalars scalars = SCALARS;
     adam_any(scalars, WeightBf16{weight, low}, momentum, variance, gradient, n, use_l2 != 0, lerp_from_gradient != 0);
@@ -191,26 +200,47 @@ constexpr int ROW_LANES = 16;
 constexpr int ROW_THREADS = ROW_LANES / LANES;
 constexpr int ROW_BLOCK = 128;
 constexpr int ROWS_A_BLOCK = ROW_BLOCK / ROW_THREADS;
+constexpr int ROW_RESIDENT = 4;      // blocks a multiprocessor
 constexpr int BYTES_IN_FLIGHT = 128; // of one thread
 
-template <typename T> __device__ __forceinline__ void add_squares(double (&lanes)[LANES], const Quad<T>& quad) {
+// A quad as it was loaded: bf16 stays packed in two words until it is used.
+template <typename T> struct RowQuad;
+
+template <> struct RowQuad<float> {
+    Quad<float> raw;
+
+    __device__ __forceinline__ void load(const float* p) { raw = load_quad(p); }
+    __device__ __forceinline__ void load_elements(const float* p) { raw = {{p[0], p[1], p[2], p[3]}}; }
+    __device__ __forceinline__ float value(int k) const { return raw.lane[k]; }
+};
+
+template <> struct RowQuad<uint16_t> {
+    uint2 raw;
+
+    __device__ __forceinline__ void load(const uint16_t* p) { raw = *reinterpret_cast<const uint2*>(p); }
+    __device__ __forceinline__ void load_elements(const uint16_t* p) {
+        raw = make_uint2(p[0] | uint32_t(p[1]) << 16, p[2] | uint32_t(p[3]) << 16);
+    }
+    __device__ __forceinline__ float value(int k) const {
+        const uint32_t word = k < 2 ? raw.x : raw.y;
+        return __uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000);
+    }
+};
+
+template <typename T> __device__ __forceinline__ void add_squares(double (&lanes)[LANES], const RowQuad<T>& quad) {
 #pragma unroll
     for (int k = 0; k < LANES; k++) {
         // The square of an fp32 number is exact in double: a fused operation rounds as two would.
-        const double value = double(widen(quad.lane[k]));
+        const double value = double(quad.value(k));
         lanes[k] = fma(value, value, lanes[k]);
     }
 }
 
-template <bool VECTOR, typename T> __device__ __forceinline__ Quad<T> load_row_quad(const T* p) {
-    if constexpr (VECTOR) {
-        return load_quad(p);
-    } else {
-        Quad<T> quad;
-#pragma unroll
-        for (int k = 0; k < LANES; k++) quad.lane[k] = p[k];
-        return quad;
-    }
+template <bool VECTOR, typename T> __device__ __forceinline__ RowQuad<T> load_row_quad(const T* p) {
+    RowQuad<T> quad;
+    if constexpr (VECTOR) quad.load(p);
+    else quad.load_elements(p);
+    return quad;
 }
 
 template <bool VECTOR, typename T>
@@ -230,16 +260,17 @@ __device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64
         if (exists) {
             // The next quads are under way while the current ones are added.
             uint64_t block = 0;
-            Quad<T> quads[UNROLL];
+            RowQuad<T> quads[UNROLL];
             if (UNROLL <= blocks) {
 #pragma unroll
                 for (int u = 0; u < UNROLL; u++) quads[u] = load_row_quad<VECTOR>(p + u * ROW_LANES);
             }
             for (; block + UNROLL <= blocks; block += UNROLL) {
-                Quad<T> next[UNROLL];
+                RowQuad<T> next[UNROLL];
                 if (block + 2 * UNROLL <= blocks) {
 #pragma unroll
-                    for (int u = 0; u < UNROLL; u++) next[u] = load_row_quad<VECTOR>(p + (block + UNROLL + u) * ROW_LANES);
+                    for (int u = 0; u < UNROLL; u++)
+                        next[u] = load_row_quad<VECTOR>(p + (block + UNROLL + u) * ROW_LANES);
                 }
 #pragma unroll
                 for (int u = 0; u < UNROLL; u++) add_squares(lanes, quads[u]);
@@ -258,7 +289,8 @@ __device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64
 #pragma unroll
         for (int threads = ROW_THREADS / 2; threads > 0; threads /= 2) {
 #pragma unroll
-            for (int k = 0; k < LANES; k++) lanes[k] = __dadd_rn(lanes[k], __shfl_down_sync(ALL, lanes[k], threads, ROW_THREADS));
+            for (int k = 0; k < LANES; k++)
+                lanes[k] = __dadd_rn(lanes[k], __shfl_down_sync(ALL, lanes[k], threads, ROW_THREADS));
         }
         const double sum = __dadd_rn(__dadd_rn(lanes[0], lanes[2]), __dadd_rn(lanes[1], lanes[3]));
         if (exists && part == 0) sums[row] = sum;
@@ -271,12 +303,12 @@ __device__ __forceinline__ void row_sums_any(const T* gradient, double* sums, ui
     else row_sums<false>(gradient, sums, rows, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_BLOCK)
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
     row_sums_f32(const float* gradient, double* sums, uint64_t rows, uint64_t columns) {
     row_sums_any(gradient, sums, rows, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_BLOCK)
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
     row_sums_bf16(const uint16_t* gradient, double* sums, uint64_t rows, uint64_t columns) {
     row_sums_any(gradient, sums, rows, columns);
 }

@@ -1,6 +1,12 @@
 //! Where the operations of a model are computed.
 
-use candle_core::Device;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use candle_core::{Device, Result};
+
+/// Calls and time of each class of kernels.
+pub type KernelTimes = BTreeMap<&'static str, (u64, Duration)>;
 
 /// The backend of a model's operations.
 #[derive(Clone)]
@@ -13,6 +19,26 @@ pub enum Compute {
 }
 
 impl Compute {
+    /// Starts or stops timing kernels; the host has none to time.
+    pub fn set_profiling(&self, _enabled: bool) {
+        #[cfg(feature = "cuda")]
+        if let Compute::Cuda(ops) = self {
+            ops.gpu().profile().set_enabled(_enabled);
+        }
+    }
+
+    /// What was timed, after waiting for it.
+    pub fn take_profile(&self) -> Result<KernelTimes> {
+        match self {
+            Compute::Cpu => Ok(KernelTimes::new()),
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(ops) => {
+                let times = ops.gpu().profile().take().map_err(candle_core::Error::wrap)?;
+                Ok(times.into_iter().map(|(class, time)| (class, (time.calls, time.time))).collect())
+            }
+        }
+    }
+
     /// candle's device for activations.
     pub fn device(&self) -> Device {
         match self {

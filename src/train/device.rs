@@ -42,6 +42,17 @@ pub(crate) fn is_cuda(compute: &config::Compute) -> bool {
     }
 }
 
+/// Free memory of the configured GPU, less what its context and library need beside; `None` on the host.
+pub(crate) fn gpu_memory(compute: &config::Compute) -> Result<Option<Bytes>, Error> {
+    if !is_cuda(compute) {
+        return Ok(None);
+    }
+    #[cfg(feature = "cuda")]
+    return free_gpu_memory(compute.ordinal).map(Some);
+    #[cfg(not(feature = "cuda"))]
+    open_gpu(compute.ordinal).map(|_| None)
+}
+
 impl Device {
     pub fn open(config: &config::Compute) -> Result<Self, Error> {
         if is_cuda(config) { open_gpu(config.ordinal) } else { Ok(Self::host()) }
@@ -60,18 +71,35 @@ fn open_gpu(_: usize) -> Result<Device, Error> {
 }
 
 #[cfg(feature = "cuda")]
-fn open_gpu(ordinal: usize) -> Result<Device, Error> {
-    use patrickstar_actors::memory::CudaBackend;
-
-    use crate::model::cuda::CudaOps;
-
-    let ops = CudaOps::new(ordinal).map_err(|error| {
+fn open_ops(ordinal: usize) -> Result<Arc<crate::model::cuda::CudaOps>, Error> {
+    crate::model::cuda::CudaOps::open(ordinal).map_err(|error| {
         Error::Failed(format!(
             "GPU {ordinal} cannot be used: {}; check the driver with nvidia-smi and the number in compute.ordinal, or set compute.device = \"cpu\"",
             error.to_string().lines().next().unwrap_or_default()
         ))
-    })?;
-    let ops = Arc::new(ops);
+    })
+}
+
+/// What stays free for fragments of the pool.
+#[cfg(feature = "cuda")]
+const SPARE: u64 = 1 << 30;
+
+#[cfg(feature = "cuda")]
+fn free_gpu_memory(ordinal: usize) -> Result<Bytes, Error> {
+    let ops = open_ops(ordinal)?;
+    let (free, _) = ops
+        .gpu()
+        .context()
+        .mem_get_info()
+        .map_err(|error| Error::Failed(format!("the memory of GPU {ordinal} cannot be measured: {error}")))?;
+    Ok(Bytes((free as u64).saturating_sub(SPARE)))
+}
+
+#[cfg(feature = "cuda")]
+fn open_gpu(ordinal: usize) -> Result<Device, Error> {
+    use patrickstar_actors::memory::CudaBackend;
+
+    let ops = open_ops(ordinal)?;
     Ok(Device {
         backend: Arc::new(CudaBackend::new(Arc::clone(ops.gpu()), Arc::clone(ops.stream()))),
         probe: Arc::new(PoolProbe(Arc::clone(ops.gpu()))),

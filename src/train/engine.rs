@@ -1,6 +1,7 @@
 //! The engine: trains a list of blocks whose states live in chunks.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use candle_core::Tensor;
 use patrickstar_actors::Lease;
@@ -48,6 +49,9 @@ pub struct StepReport {
     pub loss: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
+    /// Time in which the compute thread worked rather than waited: all of it on the host's own cores, what queues work on a
+    /// GPU.
+    pub host: Duration,
     /// Times, moves, stalls, memory.
     #[serde(flatten)]
     pub stats: StepStats,
@@ -169,20 +173,25 @@ impl Engine {
         alloc::track_this_thread(true);
         let outcome = self.run_step(batch, step, learning_rate);
         alloc::track_this_thread(false);
-        let (loss, stats) = outcome?;
+        let (loss, host, stats) = outcome?;
         self.step = step;
-        let report = StepReport { loss, learning_rate, stats };
+        let report = StepReport { loss, learning_rate, host, stats };
         for hook in &mut self.hooks {
             hook(&report);
         }
         Ok(report)
     }
 
-    fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, StepStats), Error> {
+    fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, Duration, StepStats), Error> {
+        let stalls = self.runtime.stats().stall();
+        let began = Instant::now();
         self.runtime.begin_step(step, lr)?;
         let boundaries = self.forward(batch, step)?;
-        let loss = self.backward(batch, step, boundaries)?;
-        Ok((loss, self.runtime.end_step()?))
+        let losses = self.backward(batch, step, boundaries)?;
+        let host = began.elapsed().saturating_sub(self.runtime.stats().stall() - stalls);
+        // Read last: reading waits for the device.
+        let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
+        Ok((loss, host, self.runtime.end_step()?))
     }
 
     /// All blocks but the last, layer-major; returns the input of every block for every micro-batch.
@@ -228,8 +237,9 @@ impl Engine {
         Ok(Pass { tape, input, output })
     }
 
-    /// Backward of each block, last to first, after its forward where that was not kept; returns the loss.
-    fn backward(&mut self, batch: &Batch, step: Step, mut boundaries: Vec<Vec<Tensor>>) -> Result<f64, Error> {
+    /// Backward of each block, last to first, after its forward where that was not kept; returns the loss of each
+    /// micro-batch.
+    fn backward(&mut self, batch: &Batch, step: Step, mut boundaries: Vec<Vec<Tensor>>) -> Result<Vec<Tensor>, Error> {
         let last = self.blocks.len() - 1;
         let mut losses = Vec::new();
         let mut upstream: Vec<Option<Tensor>> = vec![None; batch.micro.len()];
@@ -252,8 +262,7 @@ impl Engine {
             self.compute_span(start, "backward", block);
             self.runtime.release_backward(self.end(block, lease))?;
         }
-        // Read at the end: reading earlier would wait for the device.
-        losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum()
+        Ok(losses)
     }
 
     /// Runs the blocks on `input` without training; the last block gives its prediction.
@@ -393,6 +402,11 @@ impl Engine {
     /// What was predicted before anything was allocated.
     pub fn plan(&self) -> &Plan {
         &self.plan
+    }
+
+    /// Where its operations are computed.
+    pub fn compute(&self) -> &Compute {
+        &self.compute
     }
 
     /// The configuration it runs with.

@@ -8,6 +8,7 @@ use cudarc::driver::sys::CUmemPool_attribute::{
 use cudarc::driver::{CudaContext, DriverError, result, sys};
 
 use super::launch::Kernels;
+use super::profile::Profile;
 use crate::memory::MemoryError;
 use crate::types::Bytes;
 
@@ -15,6 +16,7 @@ use crate::types::Bytes;
 pub struct Gpu {
     context: Arc<CudaContext>,
     pool: sys::CUmemoryPool,
+    profile: Arc<Profile>,
     pub(crate) kernels: Kernels,
 }
 
@@ -42,11 +44,12 @@ impl Gpu {
     /// millisecond.
     pub fn new(context: Arc<CudaContext>) -> Result<Self, MemoryError> {
         context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
-        let kernels = Kernels::load(&context, "adam", super::CHUNK_KERNELS)?;
+        let profile = Arc::new(Profile::default());
+        let kernels = Kernels::load(&context, &profile, "adam", super::CHUNK_KERNELS)?;
         // SAFETY: the context keeps the device alive.
         let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }
             .map_err(|error| device_error("find its memory pool", error))?;
-        let gpu = Gpu { context, pool, kernels };
+        let gpu = Gpu { context, pool, profile, kernels };
         gpu.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
         Ok(gpu)
     }
@@ -54,6 +57,11 @@ impl Gpu {
     /// The context.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
+    }
+
+    /// Times of kernels, while somebody asks for them.
+    pub fn profile(&self) -> &Arc<Profile> {
+        &self.profile
     }
 
     /// Use of the pool.

@@ -9,6 +9,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRe
 use cudarc::nvrtc::Ptx;
 
 use super::context::device_error;
+use super::profile::Profile;
 use crate::memory::MemoryError;
 
 /// An argument of a kernel.
@@ -79,7 +80,9 @@ const DEFAULT_SHARED: u32 = 48 << 10;
 
 /// The kernels of one compiled source.
 pub struct Kernels {
+    class: &'static str,
     module: Arc<CudaModule>,
+    profile: Arc<Profile>,
     functions: Mutex<HashMap<&'static str, Function>>,
 }
 
@@ -91,12 +94,17 @@ struct Function {
 }
 
 impl Kernels {
-    /// Loads a compiled source.
-    pub fn load(context: &Arc<CudaContext>, name: &'static str, cubin: &[u8]) -> Result<Self, MemoryError> {
+    /// Loads the compiled source `name`, whose kernels `profile` counts as one class.
+    pub fn load(
+        context: &Arc<CudaContext>,
+        profile: &Arc<Profile>,
+        name: &'static str,
+        cubin: &[u8],
+    ) -> Result<Self, MemoryError> {
         let module = context
             .load_module(Ptx::from_binary(cubin.to_vec()))
             .map_err(|error| MemoryError::Kernels { name, reason: error.to_string() })?;
-        Ok(Kernels { module, functions: Mutex::default() })
+        Ok(Kernels { class: name, module, profile: Arc::clone(profile), functions: Mutex::default() })
     }
 
     /// Queues `name` on `stream`.
@@ -135,9 +143,10 @@ impl Kernels {
             block_dim: (grid.threads, 1, 1),
             shared_mem_bytes: grid.shared,
         };
-        // SAFETY: the caller vouches for the arguments.
-        unsafe { builder.launch(config) }.map_err(|error| device_error(name, error))?;
-        Ok(())
+        self.profile.span(self.class, stream, || {
+            // SAFETY: the caller vouches for the arguments.
+            unsafe { builder.launch(config) }.map(drop).map_err(|error| device_error(name, error))
+        })
     }
 
     fn function(&self, name: &'static str, shared: u32) -> Result<Function, MemoryError> {

@@ -3,11 +3,13 @@
 mod context;
 mod launch;
 mod math;
+mod profile;
 
 pub(crate) use context::device_error;
 pub use context::{Gpu, PoolUse};
 pub use launch::{Arg, Grid, Kernels, TensorMap};
 pub use math::ChunkMath;
+pub use profile::{ClassTime, Profile};
 
 /// Kernels of chunk work: the optimizer's step, norms, casts.
 pub(crate) static CHUNK_KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/adam.cubin"));

@@ -11,8 +11,8 @@ use crate::config::Sources;
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::{self, model_flops};
 use crate::model::rng;
-use crate::train::Engine;
 use crate::train::model::{build, to_batch};
+use crate::train::{Batch, Engine, device};
 
 /// The quick start's model and budget.
 const QUICKSTART: &str = include_str!("../../../config/quickstart.toml");
@@ -30,6 +30,11 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
             first.push(format!("train.seq_len={seq}"));
             first.push(format!("train.batch={}", batch.unwrap_or(8)));
             first.push("train.clip_norm=0".to_owned());
+            if let Some(memory) = device::gpu_memory(&Default::default())? {
+                // As the peers: 16-bit weights, and the card as large as it is.
+                first.push("model.precision=bf16".to_owned());
+                first.push(format!("memory.device={}", memory.0));
+            }
         }
         None => first.extend(batch.map(|batch| format!("train.batch={batch}"))),
     }
@@ -54,14 +59,17 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
     let batch = to_batch(&data, train.micro_batches)?;
     let mut loss = vec![engine.step(&batch)?.loss];
     let before = engine.runtime().stats();
-    let mut seconds = Vec::new();
+    let (mut seconds, mut host) = (Vec::new(), 0.0);
     for _ in 0..steps {
         let began = Instant::now();
-        loss.push(engine.step(&batch)?.loss);
+        let report = engine.step(&batch)?;
         seconds.push(began.elapsed().as_secs_f64());
+        loss.push(report.loss);
+        host += report.host.as_secs_f64();
     }
     engine.drain()?;
     let stats = engine.runtime().stats().since(&before);
+    let kernels = kernel_times(&mut engine, &batch)?;
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);
@@ -80,6 +88,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "gpu_peak_gb": engine.runtime().device_peak().0 as f64 / 1e9,
         "rss_peak_gb": peak_rss() / 1e9,
         "loss": loss,
+        "host_ratio": host / total,
+        "kernels": kernels,
         "stall_ratio": stats.stall().as_secs_f64() / total,
         "stall_by_cause_s": stalls,
         "h2d_gb": gigabytes(Direction::HostToDevice),
@@ -92,6 +102,20 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "host_peak_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
         "chunk_bytes": engine.plan().chunk,
     }))
+}
+
+/// Calls and seconds of each class of kernels in one more step, which timing slows a little; empty on the host.
+fn kernel_times(engine: &mut Engine, batch: &Batch) -> Result<Value, Error> {
+    engine.compute().set_profiling(true);
+    engine.step(batch)?;
+    engine.drain()?;
+    engine.compute().set_profiling(false);
+    let times = engine.compute().take_profile()?;
+    Ok(times
+        .into_iter()
+        .map(|(class, (calls, time))| (class.to_owned(), json!({"calls": calls, "s": time.as_secs_f64()})))
+        .collect::<serde_json::Map<_, _>>()
+        .into())
 }
 
 /// The quick start's file as `key=value` pairs, so that later ones may change it.

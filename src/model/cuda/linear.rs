@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Result, Tensor, bail};
 use patrickstar_actors::cuda::Arg;
+use patrickstar_actors::memory::MemoryError;
 
 use super::matmul::{Operand, Product};
 use super::ops::{CudaOps, elementwise, message};
@@ -15,6 +16,27 @@ pub(super) struct Panel {
     pub gradient: u64,
     pub row: usize,
     pub rows: usize,
+}
+
+/// What can go wrong when a product is queued.
+enum Queued {
+    Product(candle_core::Error),
+    Timing(MemoryError),
+}
+
+impl From<MemoryError> for Queued {
+    fn from(error: MemoryError) -> Self {
+        Queued::Timing(error)
+    }
+}
+
+impl Queued {
+    fn into_error(self) -> candle_core::Error {
+        match self {
+            Queued::Product(error) => error,
+            Queued::Timing(error) => message(error),
+        }
+    }
 }
 
 impl CudaOps {
@@ -69,8 +91,11 @@ impl CudaOps {
     /// As for [`super::matmul::Products::multiply`].
     pub(super) unsafe fn multiply(&self, product: &Product) -> Result<()> {
         let mut products = self.products.lock().map_err(message)?;
-        // SAFETY: by this function's contract.
-        unsafe { products.multiply(product) }
+        let queued = self.gpu().profile().span("matmul", self.stream(), || {
+            // SAFETY: by this function's contract.
+            unsafe { products.multiply(product) }.map_err(Queued::Product)
+        });
+        queued.map_err(Queued::into_error)
     }
 
     /// `x Wᵀ + bias + residual`.

@@ -1,8 +1,10 @@
 //! The GPU as the operations see it: tensors, addresses, kernels by element type.
 
-use std::sync::{Arc, Mutex};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::op::BackpropOp;
@@ -50,9 +52,14 @@ macro_rules! kernel {
 pub(super) use kernel;
 
 macro_rules! cubin {
-    ($context:expr, $name:literal) => {
-        Kernels::load($context, $name, include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".cubin")))
-            .map_err(message)?
+    ($gpu:expr, $name:literal) => {
+        Kernels::load(
+            $gpu.context(),
+            $gpu.profile(),
+            $name,
+            include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".cubin")),
+        )
+        .map_err(message)?
     };
 }
 
@@ -62,30 +69,43 @@ pub(super) fn message(error: impl std::fmt::Display) -> candle_core::Error {
 }
 
 impl CudaOps {
-    /// Sets up GPU `ordinal`: a stream of its own, no event for every tensor, all kernels loaded.
-    pub fn new(ordinal: usize) -> Result<Self> {
+    /// GPU `ordinal`, which all engines of a process share: one context, one stream, every kernel loaded once.
+    pub fn open(ordinal: usize) -> Result<Arc<Self>> {
+        static OPEN: Mutex<BTreeMap<usize, Arc<CudaOps>>> = Mutex::new(BTreeMap::new());
+        let mut open = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ops) = open.get(&ordinal) {
+            // A context is current in one thread at a time; this one may be new.
+            ops.gpu.context().bind_to_thread().map_err(message)?;
+            return Ok(Arc::clone(ops));
+        }
+        let ops = Arc::new(Self::new(ordinal)?);
+        open.insert(ordinal, Arc::clone(&ops));
+        Ok(ops)
+    }
+
+    /// Sets up a GPU: a stream of its own, no event for every tensor.
+    fn new(ordinal: usize) -> Result<Self> {
         let device = Device::new_cuda_with_stream(ordinal)?;
         let cuda = device.as_cuda_device()?.clone();
         // SAFETY: nothing is allocated yet, and streams are ordered by explicit events.
         unsafe { cuda.disable_event_tracking() };
         let stream = cuda.cuda_stream();
-        let context = stream.context().clone();
-        let gpu = Arc::new(Gpu::new(context.clone()).map_err(message)?);
-        let attribute = candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        let multiprocessors = context.attribute(attribute).map_err(message)?.unsigned_abs();
+        let gpu = Arc::new(Gpu::new(Arc::clone(stream.context())).map_err(message)?);
+        let multiprocessors =
+            gpu.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(message)?.unsigned_abs();
         let products = Mutex::new(Products::new(&stream)?);
         let counters = Tensor::zeros(2, DType::U32, &device)?;
         Ok(CudaOps {
             multiprocessors,
-            norm: cubin!(&context, "norm"),
-            activation: cubin!(&context, "activation"),
-            embedding: cubin!(&context, "embedding"),
-            cross_entropy: cubin!(&context, "cross_entropy"),
-            cast: cubin!(&context, "cast"),
-            attention_forward: cubin!(&context, "attention_forward"),
-            attention_backward_q: cubin!(&context, "attention_backward_q"),
-            attention_backward_kv: cubin!(&context, "attention_backward_kv"),
-            attention_f32: cubin!(&context, "attention_f32"),
+            norm: cubin!(gpu, "norm"),
+            activation: cubin!(gpu, "activation"),
+            embedding: cubin!(gpu, "embedding"),
+            cross_entropy: cubin!(gpu, "cross_entropy"),
+            cast: cubin!(gpu, "cast"),
+            attention_forward: cubin!(gpu, "attention_forward"),
+            attention_backward_q: cubin!(gpu, "attention_backward_q"),
+            attention_backward_kv: cubin!(gpu, "attention_backward_kv"),
+            attention_f32: cubin!(gpu, "attention_f32"),
             products,
             counters,
             device,

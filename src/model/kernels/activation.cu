@@ -163,7 +163,9 @@ struct Dropout {
         }
     }
 
-    template <int N> __device__ __forceinline__ void operator()(float (&v)[1][N], uint64_t first) const { mask(v[0], first); }
+    template <int N> __device__ __forceinline__ void operator()(float (&v)[1][N], uint64_t first) const {
+        mask(v[0], first);
+    }
 
     template <int N> __device__ __forceinline__ void operator()(float (&v)[2][N], uint64_t first) const {
         mask(v[0], first);
@@ -173,7 +175,8 @@ struct Dropout {
 
 constexpr int ROW_UNROLL = 4; // rows that a warp has in flight
 
-template <bool VECTOR, typename T> __device__ __forceinline__ void add_bias(const T* x, const T* bias, T* y, uint64_t rows, int cols) {
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void add_bias(const T* x, const T* bias, T* y, uint64_t rows, int cols) {
     constexpr int LANES = Pack<T>::LANES;
     const ColumnTile<T> tile(cols);
     float b[LANES];
@@ -268,7 +271,8 @@ __device__ __forceinline__ void gelu_backward_bias(
     }
 }
 
-template <bool VECTOR, typename T> __device__ __forceinline__ void swiglu_forward(const T* gate_up, T* y, uint64_t rows, int cols) {
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void swiglu_forward(const T* gate_up, T* y, uint64_t rows, int cols) {
     constexpr int LANES = Pack<T>::LANES;
     const ColumnTile<T> tile(cols);
     const uint64_t step = ROW_UNROLL * tile.WARPS;
@@ -334,71 +338,70 @@ __device__ __forceinline__ void swiglu_backward(const T* dy, const T* gate_up, T
     }
 }
 
-// Calls FUNCTION<..., true> or <..., false>.
-#define BY_ALIGNMENT(VECTOR, FUNCTION, ...)       \
-    do {                                          \
-        if (VECTOR) FUNCTION(true)(__VA_ARGS__);  \
-        else FUNCTION(false)(__VA_ARGS__);        \
-    } while (false)
-#define ADD_BIAS(VECTOR) add_bias<VECTOR>
-#define BIAS_GELU_TANH(VECTOR) bias_gelu_forward<GeluTanh, VECTOR>
-#define BIAS_GELU_ERF(VECTOR) bias_gelu_forward<GeluErf, VECTOR>
-#define BACKWARD_TANH(VECTOR) gelu_backward_bias<GeluTanh, VECTOR>
-#define BACKWARD_ERF(VECTOR) gelu_backward_bias<GeluErf, VECTOR>
-#define SWIGLU_FORWARD(VECTOR) swiglu_forward<VECTOR>
-#define SWIGLU_BACKWARD(VECTOR) swiglu_backward<VECTOR>
 #define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 // Several rows and sums a thread take more registers.
 #define TILE_KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT - 1)
 
-#define ACTIVATION_KERNELS(T)                                                                                              \
-    KERNEL gelu_forward_##T(const T* u, T* y, uint64_t n, int form) {                                                      \
-        const T* const in[] = {u};                                                                                         \
-        if (form == ERF_FORM) map_elements(in, y, n, GeluValue<GeluErf>());                                                \
-        else map_elements(in, y, n, GeluValue<GeluTanh>());                                                                \
-    }                                                                                                                      \
-    KERNEL gelu_backward_##T(const T* dy, const T* u, T* du, uint64_t n, int form) {                                       \
-        const T* const in[] = {dy, u};                                                                                     \
-        if (form == ERF_FORM) map_elements(in, du, n, GeluGradient<GeluErf>());                                            \
-        else map_elements(in, du, n, GeluGradient<GeluTanh>());                                                            \
-    }                                                                                                                      \
-    KERNEL add_##T(const T* a, const T* b, T* y, uint64_t n) {                                                             \
-        const T* const in[] = {a, b};                                                                                      \
-        map_elements(in, y, n, Sum());                                                                                     \
-    }                                                                                                                      \
-    KERNEL dropout_##T(                                                                                                    \
-        const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold, float scale                      \
-    ) {                                                                                                                    \
-        const T* const in[] = {x};                                                                                         \
-        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                         \
-    }                                                                                                                      \
-    KERNEL dropout_add_##T(                                                                                                \
-        const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold, float scale   \
-    ) {                                                                                                                    \
-        const T* const in[] = {x, residual};                                                                               \
-        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                         \
-    }                                                                                                                      \
-    TILE_KERNEL add_bias_##T(const T* x, const T* bias, T* y, uint64_t rows, int cols) {                                        \
-        BY_ALIGNMENT(rows_aligned(x, cols) && aligned(y), ADD_BIAS, x, bias, y, rows, cols);                               \
-    }                                                                                                                      \
-    TILE_KERNEL bias_gelu_forward_##T(T* u, const T* bias, T* y, uint64_t rows, int cols, int form) {                           \
-        const bool vector = rows_aligned(u, cols) && aligned(y);                                                           \
-        if (form == ERF_FORM) BY_ALIGNMENT(vector, BIAS_GELU_ERF, u, bias, y, rows, cols);                                 \
-        else BY_ALIGNMENT(vector, BIAS_GELU_TANH, u, bias, y, rows, cols);                                                 \
-    }                                                                                                                      \
-    TILE_KERNEL gelu_backward_bias_##T(                                                                                         \
-        const T* dy, const T* u, T* du, float* partial_dbias, uint64_t rows, int cols, int P, int form                     \
-    ) {                                                                                                                    \
-        const bool vector = rows_aligned(dy, cols) && aligned(u) && aligned(du);                                           \
-        if (form == ERF_FORM) BY_ALIGNMENT(vector, BACKWARD_ERF, dy, u, du, partial_dbias, rows, cols, P);                 \
-        else BY_ALIGNMENT(vector, BACKWARD_TANH, dy, u, du, partial_dbias, rows, cols, P);                                 \
-    }                                                                                                                      \
-    TILE_KERNEL swiglu_forward_##T(const T* gate_up, T* y, uint64_t rows, int cols) {                                           \
-        BY_ALIGNMENT(rows_aligned(gate_up, cols) && aligned(y), SWIGLU_FORWARD, gate_up, y, rows, cols);                   \
-    }                                                                                                                      \
-    TILE_KERNEL swiglu_backward_##T(const T* dy, const T* gate_up, T* d_gate_up, uint64_t rows, int cols) {                     \
-        const bool vector = rows_aligned(dy, cols) && aligned(gate_up) && aligned(d_gate_up);                              \
-        BY_ALIGNMENT(vector, SWIGLU_BACKWARD, dy, gate_up, d_gate_up, rows, cols);                                         \
+#define ACTIVATION_KERNELS(T)                                                                                          \
+    KERNEL gelu_forward_##T(const T* u, T* y, uint64_t n, int form) {                                                  \
+        const T* const in[] = {u};                                                                                     \
+        if (form == ERF_FORM) map_elements(in, y, n, GeluValue<GeluErf>());                                            \
+        else map_elements(in, y, n, GeluValue<GeluTanh>());                                                            \
+    }                                                                                                                  \
+    KERNEL gelu_backward_##T(const T* dy, const T* u, T* du, uint64_t n, int form) {                                   \
+        const T* const in[] = {dy, u};                                                                                 \
+        if (form == ERF_FORM) map_elements(in, du, n, GeluGradient<GeluErf>());                                        \
+        else map_elements(in, du, n, GeluGradient<GeluTanh>());                                                        \
+    }                                                                                                                  \
+    KERNEL add_##T(const T* a, const T* b, T* y, uint64_t n) {                                                         \
+        const T* const in[] = {a, b};                                                                                  \
+        map_elements(in, y, n, Sum());                                                                                 \
+    }                                                                                                                  \
+    KERNEL dropout_##T(                                                                                                \
+        const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold, float scale                  \
+    ) {                                                                                                                \
+        const T* const in[] = {x};                                                                                     \
+        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
+    }                                                                                                                  \
+    KERNEL dropout_add_##T(                                                                                            \
+        const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,           \
+        float scale                                                                                                    \
+    ) {                                                                                                                \
+        const T* const in[] = {x, residual};                                                                           \
+        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
+    }                                                                                                                  \
+    TILE_KERNEL add_bias_##T(const T* x, const T* bias, T* y, uint64_t rows, int cols) {                               \
+        by_alignment(rows_aligned(x, cols) && aligned(y), [&](auto v) {                                                \
+            add_bias<VECTOR_OF(v)>(x, bias, y, rows, cols);                                                            \
+        });                                                                                                            \
+    }                                                                                                                  \
+    TILE_KERNEL bias_gelu_forward_##T(T* u, const T* bias, T* y, uint64_t rows, int cols, int form) {                  \
+        const bool vector = rows_aligned(u, cols) && aligned(y);                                                       \
+        if (form == ERF_FORM)                                                                                          \
+            by_alignment(vector, [&](auto v) { bias_gelu_forward<GeluErf, VECTOR_OF(v)>(u, bias, y, rows, cols); });   \
+        else by_alignment(vector, [&](auto v) { bias_gelu_forward<GeluTanh, VECTOR_OF(v)>(u, bias, y, rows, cols); }); \
+    }                                                                                                                  \
+    TILE_KERNEL gelu_backward_bias_##T(                                                                                \
+        const T* dy, const T* u, T* du, float* partial_dbias, uint64_t rows, int cols, int P, int form                 \
+    ) {                                                                                                                \
+        const bool vector = rows_aligned(dy, cols) && aligned(u) && aligned(du);                                       \
+        if (form == ERF_FORM)                                                                                          \
+            by_alignment(vector, [&](auto v) {                                                                         \
+                gelu_backward_bias<GeluErf, VECTOR_OF(v)>(dy, u, du, partial_dbias, rows, cols, P);                    \
+            });                                                                                                        \
+        else                                                                                                           \
+            by_alignment(vector, [&](auto v) {                                                                         \
+                gelu_backward_bias<GeluTanh, VECTOR_OF(v)>(dy, u, du, partial_dbias, rows, cols, P);                   \
+            });                                                                                                        \
+    }                                                                                                                  \
+    TILE_KERNEL swiglu_forward_##T(const T* gate_up, T* y, uint64_t rows, int cols) {                                  \
+        by_alignment(rows_aligned(gate_up, cols) && aligned(y), [&](auto v) {                                          \
+            swiglu_forward<VECTOR_OF(v)>(gate_up, y, rows, cols);                                                      \
+        });                                                                                                            \
+    }                                                                                                                  \
+    TILE_KERNEL swiglu_backward_##T(const T* dy, const T* gate_up, T* d_gate_up, uint64_t rows, int cols) {            \
+        const bool vector = rows_aligned(dy, cols) && aligned(gate_up) && aligned(d_gate_up);                          \
+        by_alignment(vector, [&](auto v) { swiglu_backward<VECTOR_OF(v)>(dy, gate_up, d_gate_up, rows, cols); });      \
     }
 
 FOR_EACH_TYPE(ACTIVATION_KERNELS)

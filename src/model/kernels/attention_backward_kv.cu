@@ -19,10 +19,6 @@ using namespace attention;
 
 namespace {
 
-#ifndef KV_WAIT
-#define KV_WAIT 0
-#endif
-
 // ---------------------------------------------------------------------------------------
 // dk and dv. Scores are computed transposed (keys down, queries across), so probabilities
 // and their gradients already lie in registers as left operands of the second products.
@@ -60,10 +56,11 @@ struct KvLayout {
   __device__ __forceinline__ uint32_t delta(int s) const {
     return base + DELTA_OFFSET + s * STATS_BYTES;
   }
-  __device__ __forceinline__ uint32_t kv_full(int b) const { return base + BARRIERS + 8 * b; }
-  __device__ __forceinline__ uint32_t kv_empty(int b) const { return kv_full(BUFFERS + b); }
-  __device__ __forceinline__ uint32_t tile_full(int b) const { return kv_full(2 * BUFFERS + b); }
-  __device__ __forceinline__ uint32_t q_full(int s) const { return kv_full(3 * BUFFERS + s); }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return base + BARRIERS + 8 * i; }
+  __device__ __forceinline__ uint32_t kv_full(int b) const { return barrier(b); }
+  __device__ __forceinline__ uint32_t kv_empty(int b) const { return barrier(BUFFERS + b); }
+  __device__ __forceinline__ uint32_t tile_full(int b) const { return barrier(2 * BUFFERS + b); }
+  __device__ __forceinline__ uint32_t q_full(int s) const { return barrier(3 * BUFFERS + s); }
   __device__ __forceinline__ uint32_t do_full(int s) const { return q_full(STAGES + s); }
   __device__ __forceinline__ uint32_t empty(int s) const { return q_full(2 * STAGES + s); }
 
@@ -92,7 +89,8 @@ struct KvWork {
   int batch, head, key;      // key head, first key of the tile
   int first_tile, end_tile;  // query tiles
 
-  __device__ __forceinline__ KvWork(const BackwardArguments& args, const TileList& list, int tile) {
+  __device__ __forceinline__ KvWork(const BackwardArguments& args, const TileList& list,
+                                    int tile) {
     int batch_head, rank;
     list.decode(tile, batch_head, rank);  // with a causal mask early keys have most readers
     batch = batch_head / args.kv_heads;
@@ -166,12 +164,13 @@ __device__ __forceinline__ void kv_copy_loop(const KvLayout<WIDTH>& shared,
         barrier_expect(shared.q_full(s), L::Q_BYTES + L::STATS_BYTES);
         copy_tile<L::QUERIES, WIDTH>(shared.q(s), maps.q, shared.q_full(s), row, head,
                                      work.batch);
-        copy_linear(shared.lse(s), stats + args.stats_at(work.batch, head) + row, L::STATS_BYTES, shared.q_full(s));
+        const int64_t at = args.stats_at(work.batch, head) + row;
+        copy_linear(shared.lse(s), stats + at, L::STATS_BYTES, shared.q_full(s));
         barrier_expect(shared.do_full(s), L::Q_BYTES + L::STATS_BYTES);
         copy_tile<L::QUERIES, WIDTH>(shared.d_o(s), maps.d_o, shared.do_full(s), row, head,
                                      work.batch);
-        copy_linear(shared.delta(s), stats + args.stats_half() + args.stats_at(work.batch, head) + row,
-                    L::STATS_BYTES, shared.do_full(s));
+        copy_linear(shared.delta(s), stats + args.stats_half() + at, L::STATS_BYTES,
+                    shared.do_full(s));
         ring.advance();
       }
     }
@@ -228,6 +227,7 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
     float sum_v[FOR_V ? WIDTH / 8 : 1][4];
     clear(sum_k);
     clear(sum_v);
+
     // Tiles that only the other warpgroup needs. They are waited for all the same: arriving
     // a round early would be taken for the current round.
     const auto skip = [&](int from, int to) {
@@ -239,7 +239,6 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
         ring.advance();
       }
     };
-
 
     const uint32_t k = shared.k(kv_ring.stage) + key_of_group * PANEL_ROW_BYTES;
     const uint32_t v = shared.v(kv_ring.stage) + key_of_group * PANEL_ROW_BYTES;
@@ -256,9 +255,9 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
         uint32_t d_s[QUERIES / 16][4];
 
         barrier_wait(shared.q_full(stage), ring.phase);
-        // The products for dv of the tile before are over, which frees the registers of p;
-        // those for dk still run.
-        if constexpr (FOR_V && FOR_K) wgmma_wait<KV_WAIT>();
+        // Two accumulators leave no registers for operands of products still running: those
+        // of the tile before end first, and the other warpgroup keeps the cores busy.
+        if constexpr (FOR_V && FOR_K) wgmma_wait<0>();
         wgmma_fence();
         multiply_rows<T, QUERIES, WIDTH, L::KEYS, QUERIES>(s, k, shared.q(stage));
         wgmma_commit();
@@ -299,12 +298,6 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
           pin(d_p);
 #pragma unroll
           for (int t = 0; t < QUERIES / 8; ++t) {
-#if KV_WAIT == 1
-            if constexpr (FOR_V) {
-              unpack<T>(p[t / 2][t % 2 * 2], s[t][0], s[t][1]);
-              unpack<T>(p[t / 2][t % 2 * 2 + 1], s[t][2], s[t][3]);
-            }
-#endif
             const float2 delta = load_pair(shared.delta(stage) + (t * 8 + 2 * (lane % 4)) * 4);
             d_p[t][0] = s[t][0] * (d_p[t][0] - delta.x);
             d_p[t][1] = s[t][1] * (d_p[t][1] - delta.y);
@@ -340,9 +333,10 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
 }
 
 template <typename T, int WIDTH>
-__device__ __forceinline__ void backward_kv(const BackwardMaps& maps, const BackwardArguments& args,
-                                            const float* stats, T* d_k,
-                                            int64_t dk_stride, T* d_v, int64_t dv_stride) {
+__device__ __forceinline__ void backward_kv(const BackwardMaps& maps,
+                                            const BackwardArguments& args, const float* stats,
+                                            T* d_k, int64_t dk_stride, T* d_v,
+                                            int64_t dv_stride) {
   using L = KvLayout<WIDTH>;
   extern __shared__ uint8_t dynamic_shared[];
   const L shared{(shared_address(dynamic_shared) + 1023) & ~1023u};
@@ -383,7 +377,7 @@ __device__ __forceinline__ void backward_kv(const BackwardMaps& maps, const Back
     backward_kv<TYPE, WIDTH>({map_q, map_k, map_v, map_do},                                     \
                              {batch, time, q_heads, kv_heads, head_dim, scale, causal, window,  \
                               seg_start, seg_end, schedule},                                    \
-                             stats, d_k, dk_stride, d_v, dv_stride);                                   \
+                             stats, d_k, dk_stride, d_v, dv_stride);                            \
   }
 
 ATTENTION_BACKWARD_KV(bf16, __nv_bfloat16, 64)

@@ -39,8 +39,9 @@ constexpr int QUERIES = 64 * COMPUTE_GROUPS;
 
 template <int WIDTH>
 struct QLayout {
-  // Up to width 128 the queries' operands move to registers when a tile starts: products
-  // then read half as much shared memory, and the buffer is free for the next tile.
+  // The queries' operands move to registers when a tile starts: products then read half as
+  // much shared memory, and the buffer is free for the next tile. Width 256 has no registers
+  // for that; at 64 ptxas 13.0 lets d_s overwrite held_do, which gives a wrong dq.
   static constexpr bool HELD = WIDTH > 64 && WIDTH <= 128;
   static constexpr int KEYS = 64;
   static constexpr int STAGES = WIDTH > 128 ? 1 : 4;  // of keys and of values
@@ -56,11 +57,12 @@ struct QLayout {
   __device__ __forceinline__ uint32_t d_o() const { return base + Q_BYTES; }
   __device__ __forceinline__ uint32_t k(int s) const { return base + K_OFFSET + s * KV_BYTES; }
   __device__ __forceinline__ uint32_t v(int s) const { return base + V_OFFSET + s * KV_BYTES; }
-  __device__ __forceinline__ uint32_t q_full() const { return base + BARRIERS; }
-  __device__ __forceinline__ uint32_t q_empty() const { return base + BARRIERS + 8; }
-  __device__ __forceinline__ uint32_t tile_full() const { return base + BARRIERS + 16; }
-  __device__ __forceinline__ uint32_t tile_slot() const { return base + BARRIERS + 24; }
-  __device__ __forceinline__ uint32_t k_full(int s) const { return base + BARRIERS + 32 + 8 * s; }
+  __device__ __forceinline__ uint32_t barrier(int i) const { return base + BARRIERS + 8 * i; }
+  __device__ __forceinline__ uint32_t q_full() const { return barrier(0); }
+  __device__ __forceinline__ uint32_t q_empty() const { return barrier(1); }
+  __device__ __forceinline__ uint32_t tile_full() const { return barrier(2); }
+  __device__ __forceinline__ uint32_t tile_slot() const { return barrier(3); }
+  __device__ __forceinline__ uint32_t k_full(int s) const { return barrier(4 + s); }
   __device__ __forceinline__ uint32_t k_empty(int s) const { return k_full(STAGES + s); }
   __device__ __forceinline__ uint32_t v_full(int s) const { return k_full(2 * STAGES + s); }
   __device__ __forceinline__ uint32_t v_empty(int s) const { return k_full(3 * STAGES + s); }
@@ -128,10 +130,11 @@ struct RowOutput {
 };
 
 template <typename T, int WIDTH>
-__device__ __forceinline__ void q_copy_loop(const QLayout<WIDTH>& shared, const BackwardArguments& args,
+__device__ __forceinline__ void q_copy_loop(const QLayout<WIDTH>& shared,
+                                            const BackwardArguments& args,
                                             const BackwardMaps& maps) {
-  const TileList list = query_tiles<QUERIES>(args);
   using L = QLayout<WIDTH>;
+  const TileList list = query_tiles<QUERIES>(args);
   Ring<L::STAGES> ring;
   uint32_t q_phase = 0;
   const int group = args.q_heads / args.kv_heads;
@@ -170,8 +173,8 @@ template <typename T, int WIDTH>
 __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
                                                const BackwardArguments& args, int group,
                                                const QueryRows<T>& out) {
-  const TileList list = query_tiles<QUERIES>(args);
   using L = QLayout<WIDTH>;
+  const TileList list = query_tiles<QUERIES>(args);
   constexpr int KEYS = L::KEYS;
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;

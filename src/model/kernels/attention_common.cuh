@@ -71,10 +71,7 @@ struct Mask {
 // the result, so blocks help themselves: the first tile of a block is its index, the copying
 // thread draws further ones from a counter.
 // ---------------------------------------------------------------------------------------
-#ifndef SECTION_MB
-#define SECTION_MB 20
-#endif
-constexpr int64_t SECTION_BYTES = SECTION_MB << 20;
+constexpr int64_t SECTION_BYTES = 20 << 20;
 
 // `schedule` is int[2], zero before the first launch; a launch leaves it zero again.
 __device__ __forceinline__ int draw_tile(int* schedule) {

@@ -33,10 +33,6 @@ namespace {
 constexpr int QUERIES = 64 * COMPUTE_GROUPS;
 constexpr int TURN_BARRIER = 1;  // named barriers 1 and 2: whose turn it is to multiply
 
-#ifndef ATTENTION_TAKE_TURNS
-#define ATTENTION_TAKE_TURNS 1
-#endif
-
 template <int WIDTH, int KEYS>
 struct Layout {
   static constexpr int STAGES = 2;                     // of keys and of values
@@ -97,14 +93,14 @@ struct Arguments {
   int* schedule;
 };
 
+// The two computing warpgroups take turns in issuing products, so that the softmax of one
+// runs under the products of the other.
 __device__ __forceinline__ void wait_turn(int group) {
-  if (ATTENTION_TAKE_TURNS)
-    asm volatile("bar.sync %0, 256;" ::"r"(TURN_BARRIER + group) : "memory");
+  asm volatile("bar.sync %0, 256;" ::"r"(TURN_BARRIER + group) : "memory");
 }
 
 __device__ __forceinline__ void pass_turn(int group) {
-  if (ATTENTION_TAKE_TURNS)
-    asm volatile("bar.arrive %0, 256;" ::"r"(TURN_BARRIER + (group ^ 1)) : "memory");
+  asm volatile("bar.arrive %0, 256;" ::"r"(TURN_BARRIER + (group ^ 1)) : "memory");
 }
 
 // Softmax state of the two rows that a thread holds.
@@ -143,11 +139,10 @@ struct Softmax {
 
 template <typename T, int WIDTH, int KEYS>
 __device__ __forceinline__ void copy_loop(const Layout<WIDTH, KEYS>& shared,
-                                          const Arguments& args,
-                                          const TensorMap& map_q, const TensorMap& map_k,
-                                          const TensorMap& map_v) {
-  const TileList list = query_tiles<QUERIES>(args);
+                                          const Arguments& args, const TensorMap& map_q,
+                                          const TensorMap& map_k, const TensorMap& map_v) {
   using L = Layout<WIDTH, KEYS>;
+  const TileList list = query_tiles<QUERIES>(args);
   Ring<L::STAGES> ring;
   Ring<L::BUFFERS> q_ring;
   const int group = args.q_heads / args.kv_heads;
@@ -183,10 +178,9 @@ __device__ __forceinline__ void copy_loop(const Layout<WIDTH, KEYS>& shared,
 
 template <typename T, int WIDTH, int KEYS>
 __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
-                                             const Arguments& args,
-                                             int group) {
-  const TileList list = query_tiles<QUERIES>(args);
+                                             const Arguments& args, int group) {
   using L = Layout<WIDTH, KEYS>;
+  const TileList list = query_tiles<QUERIES>(args);
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
   const bool speaks = lane == 0;  // one arrival per warp on an `empty` barrier

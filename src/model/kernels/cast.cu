@@ -13,7 +13,7 @@
 
 #include "common.cuh"
 
-constexpr int GROUP = 8; // consecutive elements of a thread: a pack of the narrow type, two of the wide one
+constexpr int GROUP = 8;  // consecutive elements of a thread: a pack of the narrow type, two of the wide one
 constexpr int GROUPS = 2; // in flight
 
 // A group of elements of any type.
@@ -26,7 +26,9 @@ template <typename T> struct Group {
         for (int p = 0; p < PACKS; p++) pack[p] = load_aligned(pointer + p * Pack<T>::LANES);
     }
 
-    __device__ __forceinline__ float value(int k) const { return to_float(pack[k / Pack<T>::LANES].lane[k % Pack<T>::LANES]); }
+    __device__ __forceinline__ float value(int k) const {
+        return to_float(pack[k / Pack<T>::LANES].lane[k % Pack<T>::LANES]);
+    }
 
     __device__ __forceinline__ void store(T* pointer, const float (&values)[GROUP]) {
         constexpr int LANES = Pack<T>::LANES;
@@ -85,9 +87,9 @@ template <typename T> __device__ __forceinline__ void fill(T* y, uint64_t n, flo
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 
-#define CAST_KERNEL(X, Y)                                                    \
-    KERNEL cast_##X##_to_##Y(const X* x, Y* y, uint64_t n) {                 \
-        convert<false>(x, y, n, [](float value, float) { return value; });   \
+#define CAST_KERNEL(X, Y)                                                  \
+    KERNEL cast_##X##_to_##Y(const X* x, Y* y, uint64_t n) {               \
+        convert<false>(x, y, n, [](float value, float) { return value; }); \
     }
 
 CAST_KERNEL(f32, bf16)
@@ -97,14 +99,14 @@ CAST_KERNEL(bf16, f16)
 CAST_KERNEL(f16, f32)
 CAST_KERNEL(f16, bf16)
 
-#define ARRAY_KERNELS(T)                                                                              \
-    KERNEL accumulate_f32_to_##T(const float* source, T* gradient, uint64_t n) {                      \
-        convert<true>(source, gradient, n, [](float x, float y) { return y + x; });                   \
-    }                                                                                                 \
-    KERNEL scale_add_##T(const T* x, T* y, uint64_t n, float alpha, float beta) {                     \
-        if (beta == 0.0f) convert<false>(x, y, n, [=](float a, float) { return alpha * a; });         \
-        else convert<true>(x, y, n, [=](float a, float b) { return alpha * a + beta * b; });          \
-    }                                                                                                 \
+#define ARRAY_KERNELS(T)                                                                      \
+    KERNEL accumulate_f32_to_##T(const float* source, T* gradient, uint64_t n) {              \
+        convert<true>(source, gradient, n, [](float x, float y) { return y + x; });           \
+    }                                                                                         \
+    KERNEL scale_add_##T(const T* x, T* y, uint64_t n, float alpha, float beta) {             \
+        if (beta == 0.0f) convert<false>(x, y, n, [=](float a, float) { return alpha * a; }); \
+        else convert<true>(x, y, n, [=](float a, float b) { return alpha * a + beta * b; });  \
+    }                                                                                         \
     KERNEL fill_##T(T* y, uint64_t n, float value) { fill(y, n, value); }
 
 FOR_EACH_TYPE(ARRAY_KERNELS)

@@ -59,7 +59,8 @@ __device__ __forceinline__ Pack<f32> pack_values(const float (&v)[4], f32) { ret
 __device__ __forceinline__ Pack<bf16> pack_values(const float (&v)[8], bf16) {
     Pack<bf16> pack;
 #pragma unroll
-    for (int k = 0; k < 8; k += 2) *reinterpret_cast<__nv_bfloat162*>(&pack.lane[k]) = __floats2bfloat162_rn(v[k], v[k + 1]);
+    for (int k = 0; k < 8; k += 2)
+        *reinterpret_cast<__nv_bfloat162*>(&pack.lane[k]) = __floats2bfloat162_rn(v[k], v[k + 1]);
     return pack;
 }
 
@@ -108,7 +109,8 @@ template <bool VECTOR, typename T> __device__ __forceinline__ Pack<T> load_pack(
     return pack;
 }
 
-template <bool VECTOR, typename T> __device__ __forceinline__ void store_pack(T* pointer, int count, const Pack<T>& pack) {
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void store_pack(T* pointer, int count, const Pack<T>& pack) {
     if (VECTOR) {
         if (count > 0) store_aligned(pointer, pack);
     } else {
@@ -130,7 +132,9 @@ template <int N> __device__ __forceinline__ void store_floats(float* pointer, in
     if (count >= N && aligned(pointer)) {
 #pragma unroll
         for (int k = 0; k < N; k += 4) {
-            *reinterpret_cast<float4*>(pointer + k) = make_float4(values[k], values[k + 1], values[k + 2], values[k + 3]);
+            *reinterpret_cast<float4*>(pointer + k) = make_float4(
+                values[k], values[k + 1], values[k + 2], values[k + 3]
+            );
         }
     } else {
 #pragma unroll
@@ -156,6 +160,14 @@ __device__ __forceinline__ uint64_t grid_threads() { return uint64_t(gridDim.x) 
 template <int N> struct Constant {
     static constexpr int value = N;
 };
+
+// Calls f with Constant<1> or Constant<0>: kernels are compiled for aligned rows and for any.
+template <typename F> __device__ __forceinline__ void by_alignment(bool vector, F f) {
+    if (vector) f(Constant<1>());
+    else f(Constant<0>());
+}
+// The template argument that such a constant stands for.
+#define VECTOR_OF(constant) (decltype(constant)::value != 0)
 
 // Element by element over arrays of one length: `op(values, first)` turns values[input][k] of elements first + k into
 // results in values[0]. Outputs may be inputs: a thread writes only where it has read.
@@ -186,7 +198,8 @@ __device__ __forceinline__ void map_elements(const T* const (&in)[INPUTS], T* ou
         }
     };
     const uint64_t whole = packs / tile * tile;
-    for (uint64_t base = blockIdx.x * tile; base < whole; base += gridDim.x * tile) work(Constant<UNROLL>(), base + threadIdx.x);
+    for (uint64_t base = blockIdx.x * tile; base < whole; base += gridDim.x * tile)
+        work(Constant<UNROLL>(), base + threadIdx.x);
     for (uint64_t pack = whole + global_thread(); pack < packs; pack += grid_threads()) work(Constant<1>(), pack);
     for (uint64_t i = packs * LANES + global_thread(); i < n; i += grid_threads()) {
         float values[INPUTS][1];
@@ -215,7 +228,9 @@ template <typename T> struct ColumnTile {
 
 // Adds the warps' sums of one column tile in order of the warps and writes them.
 template <typename T>
-__device__ __forceinline__ void write_column_sums(const ColumnTile<T>& tile, const float (&sums)[Pack<T>::LANES], float* out) {
+__device__ __forceinline__ void write_column_sums(
+    const ColumnTile<T>& tile, const float (&sums)[Pack<T>::LANES], float* out
+) {
     constexpr int LANES = Pack<T>::LANES;
     __shared__ float shared[ColumnTile<T>::WARPS][ColumnTile<T>::COLUMNS];
     const int lane = threadIdx.x % WARP;

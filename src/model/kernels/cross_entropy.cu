@@ -22,7 +22,7 @@ constexpr int ROW_WARPS = ROW_BLOCK / WARP;
 constexpr int NARROW_VOCAB = 2048; // up to this a warp takes a row, beyond it a block
 constexpr int QUAD = 4;            // consecutive logits of a thread
 constexpr int KEPT = 8;            // quads at the start of a row that a thread keeps from the first pass to the second
-constexpr int QUADS = 4;           // quads in flight in the rest of it
+constexpr int QUADS = 2;           // quads that are added, and in the rest of the row loaded, at once
 constexpr float LOWEST = -3.402823466e38f;
 
 // The threads of a row: a warp, or the whole block.
@@ -62,7 +62,9 @@ __device__ __forceinline__ void store_values(f32* p, const Quad& q) {
 }
 
 __device__ __forceinline__ void store_values(bf16* p, const Quad& q) {
-    __nv_bfloat162 pair[2] = {__floats2bfloat162_rn(q.value[0], q.value[1]), __floats2bfloat162_rn(q.value[2], q.value[3])};
+    __nv_bfloat162 pair[2] = {
+        __floats2bfloat162_rn(q.value[0], q.value[1]), __floats2bfloat162_rn(q.value[2], q.value[3])
+    };
     *reinterpret_cast<uint2*>(p) = *reinterpret_cast<uint2*>(pair);
 }
 
@@ -71,7 +73,8 @@ __device__ __forceinline__ void store_values(f16* p, const Quad& q) {
     *reinterpret_cast<uint2*>(p) = *reinterpret_cast<uint2*>(pair);
 }
 
-template <bool VECTOR, typename T> __device__ __forceinline__ void store_quad(T* row, int index, int vocab, const Quad& quad) {
+template <bool VECTOR, typename T>
+__device__ __forceinline__ void store_quad(T* row, int index, int vocab, const Quad& quad) {
     if (VECTOR && index + QUAD <= vocab) {
         store_values(row + index, quad);
         return;
@@ -134,7 +137,9 @@ template <int SIZE> __device__ __forceinline__ Partition merge_row(Partition par
 }
 
 // A quad of logits becomes one of gradients.
-__device__ __forceinline__ void differentiate(Quad& quad, int index, int target, float scale, float factor, float highest) {
+__device__ __forceinline__ void differentiate(
+    Quad& quad, int index, int target, float scale, float factor, float highest
+) {
 #pragma unroll
     for (int k = 0; k < QUAD; k++) {
         quad.value[k] = fast_exp(quad.value[k] - highest) * factor;
@@ -198,10 +203,12 @@ __device__ __forceinline__ void cross_entropy(
             for (int q = 0; q < KEPT; q++) kept[q] = load_quad<VECTOR>(row, Threads::element(q), vocab);
             part.add<0>(kept);
         }
-        for (int base = GRADIENT ? Threads::KEPT_TILE : 0; base < vocab; base += Threads::TILE) {
-            Quad quads[QUADS];
+        // Where nothing is kept, there are registers for more.
+        constexpr int LOADED = GRADIENT ? QUADS : 2 * QUADS;
+        for (int base = GRADIENT ? Threads::KEPT_TILE : 0; base < vocab; base += SIZE * QUAD * LOADED) {
+            Quad quads[LOADED];
 #pragma unroll
-            for (int q = 0; q < QUADS; q++) quads[q] = load_quad<VECTOR>(row, base + Threads::element(q), vocab);
+            for (int q = 0; q < LOADED; q++) quads[q] = load_quad<VECTOR>(row, base + Threads::element(q), vocab);
             part.add<0>(quads);
         }
         part = merge_row<SIZE>(part, shared);
@@ -233,11 +240,11 @@ __device__ __forceinline__ void cross_entropy_any(
     }
 }
 
-#define CROSS_ENTROPY_KERNEL(T)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                               \
-        float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale      \
-    ) {                                                                                                         \
-        cross_entropy_any<T>(logits, ld, targets, loss, rows, vocab, scale);                                    \
+#define CROSS_ENTROPY_KERNEL(T)                                                                            \
+    extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                          \
+        float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale \
+    ) {                                                                                                    \
+        cross_entropy_any<T>(logits, ld, targets, loss, rows, vocab, scale);                               \
     }
 
 FOR_EACH_TYPE(CROSS_ENTROPY_KERNEL)

@@ -37,7 +37,8 @@ constexpr int WARPS = BLOCK / WARP;
 template <typename T> constexpr int TILE = WARP * Pack<T>::LANES; // columns that a warp covers at once
 
 // One row by a warp: y = a, or a + b.
-template <bool ADD, bool VECTOR, typename T> __device__ __forceinline__ void copy_row(const T* a, const T* b, T* y, int width) {
+template <bool ADD, bool VECTOR, typename T>
+__device__ __forceinline__ void copy_row(const T* a, const T* b, T* y, int width) {
     constexpr int LANES = Pack<T>::LANES;
     constexpr int UNROLL = 4;
     for (int first = threadIdx.x % WARP * LANES; first < width; first += UNROLL * TILE<T>) {
@@ -66,7 +67,8 @@ template <bool ADD, bool VECTOR, typename T> __device__ __forceinline__ void cop
 
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void embedding_forward(
-    const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows, bool accumulate
+    const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows,
+    bool accumulate
 ) {
     const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
     for (uint64_t row = warp; row < rows; row += warps) {
@@ -94,7 +96,9 @@ __device__ __forceinline__ void add_positions(
 
 // The sum of `count` rows of dy, `row(i)` being the i-th, for one pack of columns of a thread.
 template <bool VECTOR, typename T, typename Row>
-__device__ __forceinline__ void sum_rows(const T* dy, int width, int column, int count, Row row, float (&sums)[Pack<T>::LANES]) {
+__device__ __forceinline__ void sum_rows(
+    const T* dy, int width, int column, int count, Row row, float (&sums)[Pack<T>::LANES]
+) {
     constexpr int LANES = Pack<T>::LANES;
     constexpr int UNROLL = 8;
 #pragma unroll
@@ -119,7 +123,9 @@ __device__ __forceinline__ void sum_rows(const T* dy, int width, int column, int
 
 // `before` is what the gradient holds; it is loaded early, so that its way and that of the rows overlap.
 template <bool VECTOR, typename T>
-__device__ __forceinline__ void add_to_gradient(T* gradient, int count, const Pack<T>& before, const float (&sums)[Pack<T>::LANES]) {
+__device__ __forceinline__ void add_to_gradient(
+    T* gradient, int count, const Pack<T>& before, const float (&sums)[Pack<T>::LANES]
+) {
     float values[Pack<T>::LANES];
     unpack(before, values);
 #pragma unroll
@@ -155,35 +161,43 @@ __device__ __forceinline__ void embedding_backward(
     int runs, int width
 ) {
     constexpr int LANES = Pack<T>::LANES;
+    // What the window needs to know: where its runs begin, their rows, and the positions of its segments. No more than
+    // SEGMENT runs begin inside of it, and no segment ends more than a segment behind it.
+    __shared__ uint32_t starts[SEGMENT + 2], rows[SEGMENT + 1], positions[2 * SEGMENT];
     __shared__ int shared_first_run;
-    const uint32_t base = run_start[0];
+    const uint32_t base = run_start[0], last = run_start[runs];
     const uint32_t begin = base + blockIdx.x * SEGMENT, end = begin + SEGMENT;
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (begin >= run_start[runs]) return;
+    if (begin >= last) return;
     if (warp == 0) {
         const int run = run_of(run_start, runs, begin);
         if (lane == 0) shared_first_run = run;
+    } else if (threadIdx.x - WARP < 2 * SEGMENT) {
+        const uint32_t i = threadIdx.x - WARP;
+        if (begin + i < last) positions[i] = order[begin + i];
     }
     __syncthreads();
     const int first_run = shared_first_run;
+    const int runs_here = min(SEGMENT + 1, runs - first_run);
+    if (threadIdx.x <= runs_here) starts[threadIdx.x] = run_start[first_run + threadIdx.x];
+    if (threadIdx.x < runs_here) rows[threadIdx.x] = run_row[first_run + threadIdx.x];
+    __syncthreads();
     const int tiles = (width + TILE<T> - 1) / TILE<T>;
     const int tiles_here = (tiles - int(blockIdx.y) + int(gridDim.y) - 1) / int(gridDim.y);
-    // No more than SEGMENT runs follow the first one inside of the window.
-    for (int item = warp; item < (SEGMENT + 1) * tiles_here; item += WARPS) {
-        const int run = first_run + item / tiles_here;
+    for (int item = warp; item < runs_here * tiles_here; item += WARPS) {
+        const int run = item / tiles_here;
         const int column = (int(blockIdx.y) + item % tiles_here * int(gridDim.y)) * TILE<T> + lane * LANES;
-        if (run >= runs) break;
-        const uint32_t run_begin = run_start[run], run_end = run_start[run + 1];
+        const uint32_t run_begin = starts[run], run_end = starts[run + 1];
         if (run_begin >= end) break;
         uint32_t start = run_begin;
         if (start < begin) start += (begin - start + SEGMENT - 1) / SEGMENT * SEGMENT;
         if (start >= end || start >= run_end || column >= width) continue;
         const bool is_short = run_end - run_begin <= SEGMENT;
-        T* target = gradient + uint64_t(run_row[run]) * width + column;
+        T* target = gradient + uint64_t(rows[run]) * width + column;
         const Pack<T> before = load_pack<VECTOR>(target, is_short ? width - column : 0);
         float sums[LANES];
         const int count = min(uint32_t(SEGMENT), run_end - start);
-        sum_rows<VECTOR>(dy, width, column, count, [&](int i) { return uint64_t(order[start + i]); }, sums);
+        sum_rows<VECTOR>(dy, width, column, count, [&](int i) { return uint64_t(positions[start - begin + i]); }, sums);
         if (is_short) {
             add_to_gradient<VECTOR>(target, width - column, before, sums);
         } else {
@@ -205,7 +219,8 @@ __device__ __forceinline__ void embedding_backward_long(
         for (int column = blockIdx.y * BLOCK + threadIdx.x; column < width; column += gridDim.y * BLOCK) {
             float sum = partial[partial_row(begin, base, true) * width + column];
 #pragma unroll 8
-            for (uint32_t s = 1; s < segments; s++) sum += partial[partial_row(begin + s * SEGMENT, base, false) * width + column];
+            for (uint32_t s = 1; s < segments; s++)
+                sum += partial[partial_row(begin + s * SEGMENT, base, false) * width + column];
             row[column] = from_float<T>(to_float(row[column]) + sum);
         }
     }
@@ -225,56 +240,50 @@ __device__ __forceinline__ void positions_backward(
         T* target = gradient + offset * width + column;
         const Pack<T> before = load_pack<VECTOR>(target, width - column);
         float sums[LANES];
-        sum_rows<VECTOR>(dy, width, column, int(batch), [&](int b) { return uint64_t(b) * time + first + offset; }, sums);
+        sum_rows<VECTOR>(
+            dy, width, column, int(batch), [&](int b) { return uint64_t(b) * time + first + offset; }, sums
+        );
         add_to_gradient<VECTOR>(target, width - column, before, sums);
     }
 }
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 
-#define EMBEDDING_KERNELS(T)                                                                                                \
-    KERNEL embedding_forward_##T(                                                                                           \
-        const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows,       \
-        int accumulate                                                                                                      \
-    ) {                                                                                                                     \
-        if (rows_aligned(table, width) && aligned(y)) {                                                                     \
-            embedding_forward<true>(table, ids, y, rows, width, first_row, table_rows, accumulate != 0);                    \
-        } else {                                                                                                            \
-            embedding_forward<false>(table, ids, y, rows, width, first_row, table_rows, accumulate != 0);                   \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    KERNEL add_positions_##T(                                                                                               \
-        const T* x, const T* table, T* y, uint64_t batch, int time, int width, int first, int count                         \
-    ) {                                                                                                                     \
-        if (rows_aligned(x, width) && aligned(table) && aligned(y)) {                                                       \
-            add_positions<true>(x, table, y, batch, time, width, first, count);                                             \
-        } else {                                                                                                            \
-            add_positions<false>(x, table, y, batch, time, width, first, count);                                            \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    KERNEL embedding_backward_##T(                                                                                          \
-        const T* dy, const uint32_t* order, const uint32_t* run_start, const uint32_t* run_row, T* gradient,                \
-        float* partial, int runs, int width                                                                                 \
-    ) {                                                                                                                     \
-        if (rows_aligned(dy, width) && aligned(gradient)) {                                                                 \
-            embedding_backward<true>(dy, order, run_start, run_row, gradient, partial, runs, width);                        \
-        } else {                                                                                                            \
-            embedding_backward<false>(dy, order, run_start, run_row, gradient, partial, runs, width);                       \
-        }                                                                                                                   \
-    }                                                                                                                       \
-    KERNEL embedding_backward_long_##T(                                                                                     \
-        const float* partial, const uint32_t* run_start, const uint32_t* run_row, T* gradient, int runs, int width          \
-    ) {                                                                                                                     \
-        embedding_backward_long(partial, run_start, run_row, gradient, runs, width);                                        \
-    }                                                                                                                       \
-    KERNEL positions_backward_##T(                                                                                          \
-        const T* dy, T* gradient, uint64_t batch, int time, int width, int first, int count                                 \
-    ) {                                                                                                                     \
-        if (rows_aligned(dy, width) && aligned(gradient)) {                                                                 \
-            positions_backward<true>(dy, gradient, batch, time, width, first, count);                                       \
-        } else {                                                                                                            \
-            positions_backward<false>(dy, gradient, batch, time, width, first, count);                                      \
-        }                                                                                                                   \
+#define EMBEDDING_KERNELS(T)                                                                                          \
+    KERNEL embedding_forward_##T(                                                                                     \
+        const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows, \
+        int accumulate                                                                                                \
+    ) {                                                                                                               \
+        by_alignment(rows_aligned(table, width) && aligned(y), [&](auto v) {                                          \
+            embedding_forward<VECTOR_OF(v)>(table, ids, y, rows, width, first_row, table_rows, accumulate != 0);      \
+        });                                                                                                           \
+    }                                                                                                                 \
+    KERNEL add_positions_##T(                                                                                         \
+        const T* x, const T* table, T* y, uint64_t batch, int time, int width, int first, int count                   \
+    ) {                                                                                                               \
+        by_alignment(rows_aligned(x, width) && aligned(table) && aligned(y), [&](auto v) {                            \
+            add_positions<VECTOR_OF(v)>(x, table, y, batch, time, width, first, count);                               \
+        });                                                                                                           \
+    }                                                                                                                 \
+    KERNEL embedding_backward_##T(                                                                                    \
+        const T* dy, const uint32_t* order, const uint32_t* run_start, const uint32_t* run_row, T* gradient,          \
+        float* partial, int runs, int width                                                                           \
+    ) {                                                                                                               \
+        by_alignment(rows_aligned(dy, width) && aligned(gradient), [&](auto v) {                                      \
+            embedding_backward<VECTOR_OF(v)>(dy, order, run_start, run_row, gradient, partial, runs, width);          \
+        });                                                                                                           \
+    }                                                                                                                 \
+    KERNEL embedding_backward_long_##T(                                                                               \
+        const float* partial, const uint32_t* run_start, const uint32_t* run_row, T* gradient, int runs, int width    \
+    ) {                                                                                                               \
+        embedding_backward_long(partial, run_start, run_row, gradient, runs, width);                                  \
+    }                                                                                                                 \
+    KERNEL positions_backward_##T(                                                                                    \
+        const T* dy, T* gradient, uint64_t batch, int time, int width, int first, int count                           \
+    ) {                                                                                                               \
+        by_alignment(rows_aligned(dy, width) && aligned(gradient), [&](auto v) {                                      \
+            positions_backward<VECTOR_OF(v)>(dy, gradient, batch, time, width, first, count);                         \
+        });                                                                                                           \
     }
 
 FOR_EACH_TYPE(EMBEDDING_KERNELS)

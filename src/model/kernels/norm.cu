@@ -23,9 +23,11 @@
 
 #include "common.cuh"
 
-constexpr int NORM_BLOCK = 512;     // threads a block of the backward kernels
-constexpr int FORWARD_PACKS = 8;    // of a row in a thread's registers
-constexpr int FORWARD_RESIDENT = 2; // blocks a multiprocessor
+constexpr int NORM_BLOCK = 512; // threads a block of the backward kernels
+// Of a row in a thread's registers: 32 elements, so that a block holds 8192.
+template <typename T> constexpr int FORWARD_PACKS = 32 / Pack<T>::LANES;
+// Blocks a multiprocessor that leave the registers for them.
+template <typename T> constexpr int FORWARD_RESIDENT = sizeof(T) == sizeof(float) ? 2 : 4;
 constexpr int MAX_WARPS = NORM_BLOCK / WARP;
 
 // Threads that work on one row. Groups of a block do not wait for each other.
@@ -73,7 +75,9 @@ template <int K> struct GroupSum {
     }
 };
 
-__device__ __forceinline__ void write_stats(float2* stats, uint64_t row, float mean, float rstd) { stats[row] = make_float2(mean, rstd); }
+__device__ __forceinline__ void write_stats(float2* stats, uint64_t row, float mean, float rstd) {
+    stats[row] = make_float2(mean, rstd);
+}
 __device__ __forceinline__ void write_stats(float* stats, uint64_t row, float, float rstd) { stats[row] = rstd; }
 __device__ __forceinline__ float2 read_stats(const float2* stats, uint64_t row) { return stats[row]; }
 __device__ __forceinline__ float2 read_stats(const float* stats, uint64_t row) { return make_float2(0.0f, stats[row]); }
@@ -83,33 +87,36 @@ template <typename Stats> constexpr bool CENTERED = sizeof(Stats) == sizeof(floa
 
 template <typename Stats, bool VECTOR, typename T>
 __device__ __forceinline__ void norm_forward(
-    const T* x, const T* weight, const T* bias, T* y, Stats* stats, uint64_t rows, int cols, float eps, float (*shared)[MAX_WARPS][1]
+    const T* x, const T* weight, const T* bias, T* y, Stats* stats, uint64_t rows, int cols, float eps,
+    float (*shared)[MAX_WARPS][1]
 ) {
     constexpr int LANES = Pack<T>::LANES;
+    constexpr int PACKS = FORWARD_PACKS<T>;
     const int packs = (cols + LANES - 1) / LANES;
-    const RowGroup group((packs + FORWARD_PACKS - 1) / FORWARD_PACKS, BLOCK);
+    const RowGroup group((packs + PACKS - 1) / PACKS, BLOCK);
     const bool vector_weight = VECTOR && aligned(weight) && (!CENTERED<Stats> || aligned(bias));
     GroupSum<1> group_sum{shared};
-    for (uint64_t row = uint64_t(blockIdx.x) * group.count + group.index; row < rows; row += uint64_t(gridDim.x) * group.count) {
+    for (uint64_t row = uint64_t(blockIdx.x) * group.count + group.index; row < rows;
+         row += uint64_t(gridDim.x) * group.count) {
         const T* x_row = x + row * cols;
         T* y_row = y + row * cols;
-        Pack<T> loaded[FORWARD_PACKS];
+        Pack<T> loaded[PACKS];
         // Calls f(column, count, pack) for this thread's packs: the first ones from registers, those of a row that is
         // too wide for them from memory again.
         auto for_packs = [&](auto f) {
 #pragma unroll
-            for (int p = 0; p < FORWARD_PACKS; p++) {
+            for (int p = 0; p < PACKS; p++) {
                 forget_values(loaded[p]);
                 const int column = (p * group.size + group.thread) * LANES;
                 if (column < cols) f(column, cols - column, loaded[p]);
             }
-            for (int pack = FORWARD_PACKS * group.size + group.thread; pack < packs; pack += group.size) {
+            for (int pack = PACKS * group.size + group.thread; pack < packs; pack += group.size) {
                 const int column = pack * LANES;
                 f(column, cols - column, load_pack<VECTOR>(x_row + column, cols - column));
             }
         };
 #pragma unroll
-        for (int p = 0; p < FORWARD_PACKS; p++) {
+        for (int p = 0; p < PACKS; p++) {
             const int column = (p * group.size + group.thread) * LANES;
             loaded[p] = load_pack<VECTOR>(x_row + column, cols - column);
         }
@@ -174,7 +181,8 @@ __device__ __forceinline__ void norm_backward(
     for (int p = 0; p < PACKS; p++) {
         column[p] = (p * group.size + group.thread) * LANES;
         count[p] = cols - column[p];
-        weights[p] = vector_weight ? load_pack<true>(weight + column[p], count[p]) : load_pack<false>(weight + column[p], count[p]);
+        weights[p] = vector_weight ? load_pack<true>(weight + column[p], count[p])
+                                   : load_pack<false>(weight + column[p], count[p]);
 #pragma unroll
         for (int k = 0; k < LANES; k++) dw[p][k] = db[p][k] = 0.0f;
     }
@@ -246,7 +254,7 @@ __device__ __forceinline__ void norm_backward(
     }
 
     // The groups' sums, in order of the groups. Several groups mean one pack a thread.
-    auto write = [&](const float (&values)[PACKS][LANES], float* out) {
+    auto write = [&](const float(&values)[PACKS][LANES], float* out) {
         if (group.count == 1) {
 #pragma unroll
             for (int p = 0; p < PACKS; p++) store_floats(out + column[p], count[p], values[p]);
@@ -298,16 +306,21 @@ __device__ void norm_backward_wide(
         for (int c = threadIdx.x; c < cols; c += NORM_BLOCK) {
             const float normalized = (to_float(x[start + c]) - moments.x) * moments.y;
             float out = residual ? to_float(residual[start + c]) : 0.0f;
-            out += moments.y * (to_float(dy[start + c]) * to_float(weight[c]) - mean_scaled - normalized * mean_product);
+            out += moments.y *
+                   (to_float(dy[start + c]) * to_float(weight[c]) - mean_scaled - normalized * mean_product);
             dx[start + c] = from_float<T>(out);
         }
     }
 }
 
+// As many rows at once as the registers hold.
 template <typename Stats, bool VECTOR, typename T, typename... Args>
-__device__ __forceinline__ void norm_backward_sized(const RowGroup& group, int packs, float* scratch, const T* dy, Args... args) {
+__device__ __forceinline__ void norm_backward_sized(
+    const RowGroup& group, int packs, float* scratch, const T* dy, Args... args
+) {
     if (packs <= NORM_BLOCK) norm_backward<Stats, 1, 4, VECTOR, T>(dy, args..., group, scratch);
-    else if (packs <= 2 * NORM_BLOCK) norm_backward<Stats, 2, 1, VECTOR, T>(dy, args..., group, scratch);
+    else if (packs <= 2 * NORM_BLOCK)
+        norm_backward<Stats, 2, CENTERED<Stats> ? 1 : 2, VECTOR, T>(dy, args..., group, scratch);
     else if (packs <= 4 * NORM_BLOCK) norm_backward<Stats, 4, 1, VECTOR, T>(dy, args..., group, scratch);
     else norm_backward_wide<Stats, T>(dy, args..., group, scratch);
 }
@@ -322,15 +335,11 @@ __device__ __forceinline__ void norm_backward_any(
     const int packs = (cols + LANES - 1) / LANES;
     const RowGroup group(packs, NORM_BLOCK);
     const bool vector = rows_aligned(dy, cols) && aligned(x) && aligned(residual) && aligned(dx);
-    if (vector) {
-        norm_backward_sized<Stats, true>(
+    by_alignment(vector, [&](auto v) {
+        norm_backward_sized<Stats, VECTOR_OF(v)>(
             group, packs, scratch, dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, partials
         );
-    } else {
-        norm_backward_sized<Stats, false>(
-            group, packs, scratch, dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, partials
-        );
-    }
+    });
 }
 
 template <typename Stats, typename T>
@@ -338,8 +347,9 @@ __device__ __forceinline__ void norm_forward_any(
     const T* x, const T* weight, const T* bias, T* y, Stats* stats, uint64_t rows, int cols, float eps
 ) {
     __shared__ float shared[2][MAX_WARPS][1];
-    if (rows_aligned(x, cols) && aligned(y)) norm_forward<Stats, true>(x, weight, bias, y, stats, rows, cols, eps, shared);
-    else norm_forward<Stats, false>(x, weight, bias, y, stats, rows, cols, eps, shared);
+    by_alignment(rows_aligned(x, cols) && aligned(y), [&](auto v) {
+        norm_forward<Stats, VECTOR_OF(v)>(x, weight, bias, y, stats, rows, cols, eps, shared);
+    });
 }
 
 template <bool VECTOR, typename T>
@@ -370,7 +380,8 @@ __device__ __forceinline__ void column_sums(const T* dy, float* partial, uint64_
 }
 
 // A warp takes every sixteenth partial of 32 columns; then the warps' sums are added in order.
-template <typename T> __device__ __forceinline__ void accumulate_columns(const float* partial, int partials, int cols, T* gradient) {
+template <typename T>
+__device__ __forceinline__ void accumulate_columns(const float* partial, int partials, int cols, T* gradient) {
     constexpr int WARPS = NORM_BLOCK / WARP;
     __shared__ float shared[WARPS][WARP];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
@@ -390,36 +401,37 @@ template <typename T> __device__ __forceinline__ void accumulate_columns(const f
     }
 }
 
-#define NORM_KERNELS(T)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT) layer_norm_forward_##T(                                                \
-        const T* x, const T* weight, const T* bias, T* y, float2* stats, uint64_t rows, int cols, float eps                    \
-    ) {                                                                                                                        \
-        norm_forward_any(x, weight, bias, y, stats, rows, cols, eps);                                                          \
-    }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT)                                                      \
-        rms_norm_forward_##T(const T* x, const T* weight, T* y, float* stats, uint64_t rows, int cols, float eps) {            \
-        norm_forward_any(x, weight, static_cast<const T*>(nullptr), y, stats, rows, cols, eps);                                \
-    }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) layer_norm_backward_##T(                                       \
-        const T* dy, const T* x, const T* weight, const float2* stats, const T* residual, T* dx, float* partial_dw,            \
-        float* partial_db, uint64_t rows, int cols, int P                                                                      \
-    ) {                                                                                                                        \
-        norm_backward_any(dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, P);                          \
-    }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) rms_norm_backward_##T(                                         \
-        const T* dy, const T* x, const T* weight, const float* stats, const T* residual, T* dx, float* partial_dw,             \
-        uint64_t rows, int cols, int P                                                                                         \
-    ) {                                                                                                                        \
-        norm_backward_any(dy, x, weight, stats, residual, dx, partial_dw, static_cast<float*>(nullptr), rows, cols, P);        \
-    }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(BLOCK)                                                                        \
-        column_sums_##T(const T* dy, float* partial, uint64_t rows, int cols, int P) {                                         \
-        if (rows_aligned(dy, cols)) column_sums<true>(dy, partial, rows, cols, P);                                             \
-        else column_sums<false>(dy, partial, rows, cols, P);                                                                   \
-    }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK)                                                                   \
-        accumulate_columns_##T(const float* partial, int P, int cols, T* gradient) {                                           \
-        accumulate_columns(partial, P, cols, gradient);                                                                        \
+#define NORM_KERNELS(T)                                                                                               \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT<T>) layer_norm_forward_##T(                  \
+        const T* x, const T* weight, const T* bias, T* y, float2* stats, uint64_t rows, int cols, float eps           \
+    ) {                                                                                                               \
+        norm_forward_any(x, weight, bias, y, stats, rows, cols, eps);                                                 \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT<T>)                                          \
+        rms_norm_forward_##T(const T* x, const T* weight, T* y, float* stats, uint64_t rows, int cols, float eps) {   \
+        norm_forward_any(x, weight, static_cast<const T*>(nullptr), y, stats, rows, cols, eps);                       \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) layer_norm_backward_##T(                              \
+        const T* dy, const T* x, const T* weight, const float2* stats, const T* residual, T* dx, float* partial_dw,   \
+        float* partial_db, uint64_t rows, int cols, int P                                                             \
+    ) {                                                                                                               \
+        norm_backward_any(dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, P);                 \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) rms_norm_backward_##T(                                \
+        const T* dy, const T* x, const T* weight, const float* stats, const T* residual, T* dx, float* partial_dw,    \
+        uint64_t rows, int cols, int P                                                                                \
+    ) {                                                                                                               \
+        norm_backward_any(                                                                                            \
+            dy, x, weight, stats, residual, dx, partial_dw, static_cast<float*>(nullptr), rows, cols, P               \
+        );                                                                                                            \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(BLOCK)                                                               \
+        column_sums_##T(const T* dy, float* partial, uint64_t rows, int cols, int P) {                                \
+        by_alignment(rows_aligned(dy, cols), [&](auto v) { column_sums<VECTOR_OF(v)>(dy, partial, rows, cols, P); }); \
+    }                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(NORM_BLOCK)                                                          \
+        accumulate_columns_##T(const float* partial, int P, int cols, T* gradient) {                                  \
+        accumulate_columns(partial, P, cols, gradient);                                                               \
     }
 
 FOR_EACH_TYPE(NORM_KERNELS)

@@ -23,7 +23,8 @@ template <int N> struct Angles {
         if (N % 4 == 0 && vector) {
 #pragma unroll
             for (int k = 0; k < N; k += 4) {
-                const float4 c = *reinterpret_cast<const float4*>(cosines + k), s = *reinterpret_cast<const float4*>(sines + k);
+                const float4 c = *reinterpret_cast<const float4*>(cosines + k),
+                             s = *reinterpret_cast<const float4*>(sines + k);
                 cos[k] = c.x, cos[k + 1] = c.y, cos[k + 2] = c.z, cos[k + 3] = c.w;
                 sin[k] = s.x, sin[k + 1] = s.y, sin[k + 2] = s.z, sin[k + 3] = s.w;
             }
@@ -74,7 +75,9 @@ __device__ __forceinline__ void rope(
             } else if (vector) {
                 T* first = head + item * LANES;
                 const Pack<T> a_pack = load_aligned(first), b_pack = load_aligned(first + half);
-                const Angles<LANES> angles(row_cosines + item * LANES, row_sines + item * LANES, vector_angles, direction);
+                const Angles<LANES> angles(
+                    row_cosines + item * LANES, row_sines + item * LANES, vector_angles, direction
+                );
                 float a[LANES], b[LANES];
                 unpack(a_pack, a);
                 unpack(b_pack, b);
@@ -95,14 +98,15 @@ __device__ __forceinline__ void rope(
     }
 }
 
-#define ROPE_KERNEL(T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##T(                                                   \
+#define ROPE_KERNEL(T)                                                                                                \
+    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##T(                                                     \
         T* x, const float* cos, const float* sin, const int* positions, uint64_t rows, int time, uint64_t row_stride, \
-        int heads, int head_dim, int rotary_dim, int interleaved, int direction                                     \
-    ) {                                                                                                             \
-        rope(                                                                                                       \
-            x, cos, sin, positions, rows, time, row_stride, heads, head_dim, rotary_dim, interleaved != 0, float(direction) \
-        );                                                                                                          \
+        int heads, int head_dim, int rotary_dim, int interleaved, int direction                                       \
+    ) {                                                                                                               \
+        rope(                                                                                                         \
+            x, cos, sin, positions, rows, time, row_stride, heads, head_dim, rotary_dim, interleaved != 0,            \
+            float(direction)                                                                                          \
+        );                                                                                                            \
     }
 
 FOR_EACH_TYPE(ROPE_KERNEL)

@@ -13,7 +13,7 @@
 //                          int count
 //
 // No dynamic shared memory.
-// [1] min(number of rows to write / 8, rounded up, 4096) is good.   [2] y: ceil(width / 1024) is good.
+// [1] min(number of rows to write / 8, rounded up, 4096) is good.   [2] y: ceil(width / 512) is good.
 // [3] x: min(runs, 4096), y: ceil(width / 1024) are good.
 //
 // `table` and `gradient` begin at the first row of a tile: table row `first_row` for tokens, position `first` for

@@ -160,13 +160,43 @@ pub enum BenchCommand {
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
+    /// Time of one transformer layer: forward, then recompute and backward, as a step runs it.
+    Block {
+        /// Width of the residual stream.
+        #[arg(long, default_value_t = 4096)]
+        hidden: usize,
+        /// Attention heads.
+        #[arg(long, default_value_t = 32)]
+        heads: usize,
+        /// Sequences.
+        #[arg(long, default_value_t = 16)]
+        batch: usize,
+        /// Tokens of a sequence.
+        #[arg(long, default_value_t = 1024)]
+        seq_len: usize,
+        /// Time to measure, after a warm-up of one tenth: a card slows down in its first seconds.
+        #[arg(long, default_value_t = 3.0, value_parser = positive)]
+        seconds: f64,
+    },
     /// Compare with the resident run, bit for bit.
     Parity,
     /// Compare with recorded results.
     Golden {
         /// Directory of the results.
         dir: PathBuf,
+        /// How weights are stored: fp32, or bf16 with the bounds that eight bits allow.
+        #[arg(long, value_enum, default_value = "fp32")]
+        precision: GoldenPrecision,
     },
+}
+
+/// Precisions that `bench golden` has bounds for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GoldenPrecision {
+    /// As the recorded results.
+    Fp32,
+    /// bf16 weights and gradients.
+    Bf16,
 }
 
 /// Arguments of `generate`.

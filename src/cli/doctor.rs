@@ -96,8 +96,18 @@ fn cgroup() -> Check {
     info("cgroup", limit.map_or("no memory limit".to_owned(), |limit| format!("memory limit {}", Bytes(limit))))
 }
 
+#[cfg(not(feature = "cuda"))]
 fn device() -> Check {
     info("device", "built without cuda: the device tier is a share of host memory")
+}
+
+/// The first GPU, with everything a run would set up on it.
+#[cfg(feature = "cuda")]
+fn device() -> Check {
+    match crate::train::device::describe_gpu(0) {
+        Ok(detail) => info("device", detail),
+        Err(error) => Check { name: "device", ok: false, detail: error.to_string() },
+    }
 }
 
 fn disk(dir: PathBuf) -> Check {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use candle_core::{Device, Result};
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 
 /// Calls and time of each class of kernels.
 pub type KernelTimes = BTreeMap<&'static str, (u64, Duration)>;
@@ -19,6 +19,28 @@ pub enum Compute {
 }
 
 impl Compute {
+    /// Waits for everything queued.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device().synchronize()
+    }
+
+    /// Address of a contiguous tensor's elements, good while the tensor lives.
+    pub fn address(&self, tensor: &Tensor) -> Result<*const u8> {
+        match self {
+            Compute::Cpu => {
+                let (storage, layout) = tensor.storage_and_layout();
+                match &*storage {
+                    Storage::Cpu(CpuStorage::F32(values)) if layout.is_contiguous() => {
+                        Ok(values[layout.start_offset()..].as_ptr().cast())
+                    }
+                    _ => bail!("only contiguous fp32 tensors in host memory have an address on the host"),
+                }
+            }
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(ops) => Ok(ops.address(tensor)? as *const u8),
+        }
+    }
+
     /// Starts or stops timing kernels; the host has none to time.
     pub fn set_profiling(&self, _enabled: bool) {
         #[cfg(feature = "cuda")]

@@ -302,8 +302,9 @@ impl Block for LayerBlock {
         let qkv = self.apply(&self.norm(x, params, "ln_1")?, params, "attn.c_attn")?;
         let attended = ops::causal_attention(&qkv, self.model.heads)?;
         let x = self.apply_to(x, &attended, params, "attn.c_proj", (ctx, 0))?;
-        let up = self.apply(&self.norm(&x, params, "ln_2")?, params, "mlp.c_fc")?;
-        let active = if self.model.exact_gelu { ops::gelu_erf(&up)? } else { ops::gelu_tanh(&up)? };
+        let (weight, bias) = self.weights(params, "mlp.c_fc")?;
+        let form = if self.model.exact_gelu { ops::Gelu::Erf } else { ops::Gelu::Tanh };
+        let active = ops::linear_gelu(&self.norm(&x, params, "ln_2")?, weight, bias, form)?;
         self.apply_to(&x, &active, params, "mlp.c_proj", (ctx, 1))
     }
 }

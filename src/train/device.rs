@@ -80,6 +80,22 @@ fn open_ops(ordinal: usize) -> Result<Arc<crate::model::cuda::CudaOps>, Error> {
     })
 }
 
+/// Name, compute capability and memory of a GPU on which a run could begin.
+#[cfg(feature = "cuda")]
+pub(crate) fn describe_gpu(ordinal: usize) -> Result<String, Error> {
+    let ops = open_ops(ordinal)?;
+    let context = ops.gpu().context();
+    let failed = |error| Error::Failed(format!("GPU {ordinal} does not answer: {error}"));
+    let (major, minor) = context.compute_capability().map_err(failed)?;
+    let (free, total) = context.mem_get_info().map_err(failed)?;
+    Ok(format!(
+        "GPU {ordinal}: {}, compute capability {major}.{minor}, {} free of {}",
+        context.name().map_err(failed)?,
+        Bytes(free as u64),
+        Bytes(total as u64)
+    ))
+}
+
 /// What stays free for fragments of the pool.
 #[cfg(feature = "cuda")]
 const SPARE: u64 = 1 << 30;

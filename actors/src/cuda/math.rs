@@ -1,8 +1,8 @@
 //! The optimizer's and reduction's arithmetic on chunks in device memory, with the bits of the host's.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{CudaStream, DevicePtr};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::context::{Gpu, device_error};
 use super::launch::{Arg, Grid};
@@ -17,13 +17,52 @@ const ROWS_PER_BLOCK: u64 = 32;
 pub struct ChunkMath {
     gpu: Arc<Gpu>,
     stream: Arc<CudaStream>,
+    /// Where sums of rows are written. Not from the pool: a block that another stream gave back would tie this stream to
+    /// it.
+    sums: Mutex<Sums>,
+}
+
+/// A growing buffer of numbers in device memory.
+struct Sums {
+    context: Arc<CudaContext>,
+    address: sys::CUdeviceptr,
+    capacity: usize,
+}
+
+impl Sums {
+    /// The buffer, with room for `count`; work on a smaller one must be over.
+    fn reserve(&mut self, count: usize) -> Result<sys::CUdeviceptr, DriverError> {
+        if count > self.capacity {
+            self.context.bind_to_thread()?;
+            self.release();
+            // SAFETY: a plain allocation, freed by `release`.
+            self.address = unsafe { result::malloc_sync(count * size_of::<f64>()) }?;
+            self.capacity = count;
+        }
+        Ok(self.address)
+    }
+
+    fn release(&mut self) {
+        if std::mem::take(&mut self.capacity) > 0 {
+            // SAFETY: allocated by `reserve`; nobody uses it any more.
+            let _ = unsafe { result::free_sync(self.address) };
+        }
+    }
+}
+
+impl Drop for Sums {
+    fn drop(&mut self) {
+        let _ = self.context.bind_to_thread();
+        self.release();
+    }
 }
 
 impl ChunkMath {
     /// On `gpu`.
     pub fn new(gpu: Arc<Gpu>) -> Result<Self, MemoryError> {
         let stream = gpu.context().new_stream().map_err(|error| device_error("make a stream", error))?;
-        Ok(ChunkMath { gpu, stream })
+        let context = Arc::clone(gpu.context());
+        Ok(ChunkMath { gpu, stream, sums: Mutex::new(Sums { context, address: 0, capacity: 0 }) })
     }
 }
 
@@ -79,22 +118,22 @@ impl DeviceMath for ChunkMath {
         columns: usize,
     ) -> Result<Vec<f64>, MemoryError> {
         let failed = |error| device_error("measure a gradient", error);
-        // SAFETY: written wholly by the kernel before it is read.
-        let sums = unsafe { self.stream.alloc::<f64>(rows) }.map_err(failed)?;
+        let mut buffer = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        let sums = buffer.reserve(rows).map_err(failed)?;
         let name = match precision {
             Precision::Fp32 => "row_sums_f32",
             Precision::Bf16 => "row_sums_bf16",
         };
-        let args = [
-            Arg::Pointer(gradient as u64),
-            Arg::Pointer(sums.device_ptr(&self.stream).0),
-            Arg::U64(rows as u64),
-            Arg::U64(columns as u64),
-        ];
+        let args = [Arg::Pointer(gradient as u64), Arg::Pointer(sums), Arg::U64(rows as u64), Arg::U64(columns as u64)];
         let grid = Grid::linear((rows as u64).div_ceil(ROWS_PER_BLOCK), 128);
         // SAFETY: the caller vouches for the gradient; `sums` has a place for every row.
         unsafe { self.gpu.kernels.launch(&self.stream, name, grid, &args)? };
-        self.stream.clone_dtoh(&sums).map_err(failed)
+        let mut values = vec![0f64; rows];
+        // SAFETY: `rows` numbers that the kernel wrote; the copy is over before the vector is used or freed.
+        unsafe { result::memcpy_dtoh_async(&mut values, sums, self.stream.cu_stream()) }
+            .and_then(|()| self.stream.synchronize())
+            .map_err(failed)?;
+        Ok(values)
     }
 
     fn finish(&self) -> Result<(), MemoryError> {

@@ -1,5 +1,6 @@
 //! `patrickstar bench`: each measurement beside its limit, in one run.
 
+mod block;
 mod golden;
 mod memory;
 mod parity;
@@ -17,8 +18,11 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
         BenchCommand::Adam => (memory::adam()?, true),
         BenchCommand::Copy => (memory::copy()?, true),
         BenchCommand::Step { shape, batch, steps, set } => (step::run(shape, batch, steps, set)?, true),
+        BenchCommand::Block { hidden, heads, batch, seq_len, seconds } => {
+            (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds)?, true)
+        }
         BenchCommand::Parity => parity::run()?,
-        BenchCommand::Golden { dir } => golden::run(&dir)?,
+        BenchCommand::Golden { dir, precision } => golden::run(&dir, precision)?,
     };
     if args.json {
         output::json(&value)?;

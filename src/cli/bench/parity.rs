@@ -37,7 +37,7 @@ fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
     let mut config = Config::default();
     config.model.hidden = 48;
     config.model.layers = 4;
-    config.model.heads = 4;
+    config.model.heads = 3;
     config.model.context = 24;
     config.model.vocab = Some(600);
     config.model.dropout = 0.1;

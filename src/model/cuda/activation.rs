@@ -1,10 +1,11 @@
 //! GELU, sums and dropout.
 
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use patrickstar_actors::cuda::Arg;
 
-use super::ops::{CudaOps, elementwise, kernel};
-use crate::model::ops::gelu::Form;
+use super::ops::{CudaOps, PARTIALS, elementwise, kernel};
+use crate::model::ops::gelu::Gelu;
+use crate::model::param::Param;
 use crate::model::rng::Mask;
 
 impl CudaOps {
@@ -18,7 +19,7 @@ impl CudaOps {
     }
 
     /// `gelu(u)`.
-    pub(crate) fn gelu_forward(&self, u: &Tensor, form: Form) -> Result<Tensor> {
+    pub(crate) fn gelu_forward(&self, u: &Tensor, form: Gelu) -> Result<Tensor> {
         let (n, dtype) = (u.elem_count(), u.dtype());
         let out = self.uninitialised(u.shape(), dtype)?;
         let args = [self.pointer(u)?, self.pointer(&out)?, Arg::U64(n as u64), Arg::I32(form as i32)];
@@ -27,13 +28,34 @@ impl CudaOps {
     }
 
     /// `dy gelu'(u) + before`.
-    pub(crate) fn gelu_backward(&self, dy: &Tensor, u: &Tensor, form: Form, before: Option<Tensor>) -> Result<Tensor> {
+    pub(crate) fn gelu_backward(&self, dy: &Tensor, u: &Tensor, form: Gelu, before: Option<Tensor>) -> Result<Tensor> {
         let (n, dtype) = (u.elem_count(), u.dtype());
         let out = self.uninitialised(u.shape(), dtype)?;
         let args =
             [self.pointer(dy)?, self.pointer(u)?, self.pointer(&out)?, Arg::U64(n as u64), Arg::I32(form as i32)];
         self.launch(&self.activation, kernel!(dtype, "gelu_backward"), elementwise(n), &args)?;
         before.map_or(Ok(out.clone()), |before| self.sum(&before, &out))
+    }
+
+    /// `dy gelu'(u)`; adds its sum over rows to the gradient of `bias`.
+    pub(crate) fn gelu_backward_bias(&self, dy: &Tensor, u: &Tensor, form: Gelu, bias: &Param) -> Result<Tensor> {
+        let (cols, dtype) = (bias.rows(), u.dtype());
+        let out = self.uninitialised(u.shape(), dtype)?;
+        let partial = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let args = [
+            self.pointer(dy)?,
+            self.pointer(u)?,
+            self.pointer(&out)?,
+            self.pointer(&partial)?,
+            Arg::U64((u.elem_count() / cols) as u64),
+            Arg::I32(cols as i32),
+            Arg::I32(PARTIALS as i32),
+            Arg::I32(form as i32),
+        ];
+        let grid = self.column_grid(cols, dtype);
+        self.launch(&self.activation, kernel!(dtype, "gelu_backward_bias"), grid, &args)?;
+        self.accumulate_columns(&partial, bias, dtype)?;
+        Ok(out)
     }
 
     /// `mask * scale * x + before`: forward and backward alike.

@@ -86,15 +86,19 @@ impl CudaOps {
             Arg::I32(cols as i32),
             Arg::I32(PARTIALS as i32),
         ];
-        let columns_per_block = 512 / dtype.size_in_bytes() as u32;
-        let blocks = [(cols as u32).div_ceil(columns_per_block), PARTIALS as u32, 1];
-        let grid = Grid { blocks, threads: 256, shared: 0 };
+        let grid = self.column_grid(cols, dtype);
         self.launch(&self.norm, kernel!(dtype, "column_sums"), grid, &args)?;
         self.accumulate_columns(&partial, param, dtype)
     }
 
+    /// Blocks of a kernel that leaves partial sums of columns.
+    pub(super) fn column_grid(&self, cols: usize, dtype: DType) -> Grid {
+        let columns_per_block = 512 / dtype.size_in_bytes() as u32;
+        Grid { blocks: [(cols as u32).div_ceil(columns_per_block), PARTIALS as u32, 1], threads: 256, shared: 0 }
+    }
+
     /// Adds the sum of partial sums to the gradient of the vector `param`.
-    fn accumulate_columns(&self, partial: &Tensor, param: &Param, dtype: DType) -> Result<()> {
+    pub(super) fn accumulate_columns(&self, partial: &Tensor, param: &Param, dtype: DType) -> Result<()> {
         let Some(gradient) = self.gradient_address(param)? else { return Ok(()) };
         let cols = param.rows();
         let args = [self.pointer(partial)?, Arg::I32(PARTIALS as i32), Arg::I32(cols as i32), Arg::Pointer(gradient)];

@@ -164,7 +164,7 @@ impl CudaOps {
     }
 
     /// The address of a contiguous tensor on this device.
-    pub(super) fn address(&self, tensor: &Tensor) -> Result<u64> {
+    pub(crate) fn address(&self, tensor: &Tensor) -> Result<u64> {
         let (storage, layout) = tensor.storage_and_layout();
         let Storage::Cuda(storage) = &*storage else { bail!("an operation on the GPU got a tensor in host memory") };
         if !layout.is_contiguous() {

@@ -10,7 +10,7 @@ use crate::model::tape::Activation;
 pub const IGNORE_INDEX: i64 = -100;
 
 /// Logits that exist at once on a GPU: enough tokens for products at full speed, whatever the vocabulary.
-const LOGITS: usize = 64 << 20;
+const LOGITS: usize = 128 << 20;
 /// Tokens are taken in multiples of the products' tiles.
 const TOKEN_TILE: usize = 128;
 

@@ -32,6 +32,6 @@ pub use candle::candle;
 pub use cross_entropy::{IGNORE_INDEX, linear_cross_entropy};
 pub use dropout::dropout;
 pub use embedding::{embedding, positional_embedding};
-pub use gelu::{gelu_erf, gelu_tanh};
+pub use gelu::{Gelu, gelu_erf, gelu_tanh};
 pub use layer_norm::layer_norm;
-pub use linear::{linear, linear_add, logits};
+pub use linear::{linear, linear_add, linear_gelu, logits};

@@ -18,6 +18,6 @@ pub(super) use cross_entropy::linear_cross_entropy;
 pub(super) use dropout::dropout;
 pub(super) use elementwise::sum;
 pub(super) use embedding::{embedding_backward, embedding_forward, positions_backward, positions_forward};
-pub(super) use gelu::{gelu_backward, gelu_forward};
+pub(super) use gelu::{gelu_backward, gelu_backward_bias, gelu_forward};
 pub(super) use layer_norm::{layer_norm_backward, layer_norm_forward};
 pub(super) use linear::{linear_backward_input, linear_backward_weight, linear_forward};

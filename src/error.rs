@@ -33,7 +33,7 @@ pub enum Error {
     Model(String),
     /// An operation failed.
     #[error("{0}")]
-    Compute(#[from] candle_core::Error),
+    Compute(String),
     /// The job does not fit the memory it was given.
     #[error("{0}")]
     DoesNotFit(String),
@@ -48,6 +48,13 @@ pub enum Error {
     /// A check did not hold.
     #[error("{0}")]
     Failed(String),
+}
+
+impl From<candle_core::Error> for Error {
+    fn from(error: candle_core::Error) -> Self {
+        // What follows the first line is a backtrace of candle's.
+        Error::Compute(error.to_string().lines().next().unwrap_or_default().to_owned())
+    }
 }
 
 impl Error {

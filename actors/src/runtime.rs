@@ -56,6 +56,10 @@ pub struct RuntimeConfig {
     pub monitor_interval: Duration,
 }
 
+/// Non-model memory that is an allocation of its own gets one part in this many more than was predicted: it cannot be
+/// moved together when it falls to pieces.
+const FRAGMENTS: u64 = 10;
+
 /// The chunk runtime. One thread, the compute thread, drives it.
 pub struct Runtime {
     system: ActorSystem,
@@ -110,7 +114,10 @@ impl Runtime {
         let chunk = layout.chunk_bytes();
         let all = layout.chunk_count() as u32;
         // No more slots than there are chunks: a device larger than the model leaves the rest to others.
-        let device_slots = ((config.device.0 / chunk.0).min(u64::from(u32::MAX)) as u32).min(all);
+        let beside =
+            if backend.separates_non_model() { config.non_model.0 + config.non_model.0 / FRAGMENTS } else { 0 };
+        let fitting = config.device.0.saturating_sub(beside) / chunk.0;
+        let device_slots = (fitting.min(u64::from(u32::MAX)) as u32).min(all);
         let slots = [
             SlotAllocator::new(Tier::Device, device_slots),
             SlotAllocator::new(Tier::Host, config.host_slots),
@@ -132,6 +139,7 @@ impl Runtime {
             table: Mutex::new(table),
             changed: Condvar::new(),
             backend: Arc::clone(&backend),
+            queued: Mutex::default(),
             math: backend.math()?,
             policies: RwLock::new(config.eviction),
             plan: RwLock::new(None),
@@ -145,6 +153,7 @@ impl Runtime {
             bell,
             layout,
         });
+        backend.cap_non_model(Bytes(config.device.0.saturating_sub(u64::from(device_slots) * chunk.0)))?;
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(config.optimizer_threads)
             .thread_name(|index| format!("ps-adam-{index}"))

@@ -1,5 +1,6 @@
 //! What all actors and the compute thread share: the table behind its lock, the memory of the tiers, the policies.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -7,13 +8,16 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::Health;
-use crate::memory::{Backend, DeviceMath, DiskTier, Slab, SlotIndex};
+use crate::memory::{Backend, DeviceMath, DiskTier, Event, Slab, SlotIndex};
 use crate::schedule::{Policy, StaticSet, Trace};
 use crate::stats::StallCause;
 use crate::system::Ring;
 use crate::table::{Access, Request, RequestId, Requester, Table};
 use crate::timeline::{Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Step, Tier};
+
+/// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs.
+const RUN_AHEAD: usize = 8;
 
 /// Policies that may change while training runs; they never change the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +54,8 @@ pub(crate) struct Shared {
     pub table: Mutex<Table>,
     pub changed: Condvar,
     pub backend: Arc<dyn Backend>,
+    /// Ends of the blocks that the model has queued, oldest first.
+    pub queued: Mutex<VecDeque<Event>>,
     /// Arithmetic on device chunks, where the host cannot do it there.
     pub math: Option<Box<dyn DeviceMath>>,
     pub device: Box<dyn Slab>,
@@ -187,6 +193,17 @@ impl Shared {
         })
     }
 
+    /// Notes the end of a queued block, and waits for an older one where too many are queued: a thread that fills the
+    /// device's queue would burn a core waiting for room in it.
+    fn pace(&self, event: &Event) -> Result<(), RuntimeError> {
+        let oldest = {
+            let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
+            queued.push_back(Arc::clone(event));
+            if queued.len() > RUN_AHEAD { queued.pop_front() } else { None }
+        };
+        oldest.map_or(Ok(()), |event| Ok(event.synchronize()?))
+    }
+
     /// Waits until the model is done with what it queued on `slots`.
     fn wait_for_model(&self, tier: Tier, slots: &[SlotIndex]) -> Result<(), RuntimeError> {
         let events: Vec<_> = {
@@ -278,7 +295,8 @@ impl Lease {
         };
         self.shared.changed.notify_all();
         self.shared.ring();
-        result
+        result?;
+        until.map_or(Ok(()), |event| self.shared.pace(&event))
     }
 }
 

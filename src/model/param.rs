@@ -190,3 +190,24 @@ impl Params {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_parameter_is_usable_during_its_lease_only() {
+        let mut weight = [1f32, 2.0, 3.0, 4.0];
+        let tile =
+            ParamTile { row_start: 0, rows: 2, weight: weight.as_ptr().cast(), gradient: weight.as_mut_ptr().cast() };
+        let param = Param::new("w", &[2, 2], Precision::Fp32, None);
+        let kept = param.clone();
+        assert!(kept.weight(0).unwrap_err().to_string().contains("outside of its lease"));
+        // SAFETY: the array outlives the binding.
+        unsafe { param.bind(vec![tile]) };
+        assert!(matches!(kept.weight(0).unwrap(), WeightSlice::F32([1.0, 2.0, 3.0, 4.0])));
+        assert!(kept.weight(1).unwrap_err().to_string().contains("no tile 1"));
+        param.release();
+        assert!(kept.weight(0).is_err(), "a clone still reads a chunk that was given back");
+    }
+}

@@ -1,7 +1,7 @@
 //! The engine: trains a list of blocks whose states live in chunks.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use candle_core::Tensor;
 use patrickstar_actors::Lease;
@@ -49,8 +49,7 @@ pub struct StepReport {
     pub loss: f64,
     /// Learning rate of the step.
     pub learning_rate: f64,
-    /// Time in which the compute thread worked rather than waited: all of it on the host's own cores, what queues work on a
-    /// GPU.
+    /// Processor time of the compute thread: on a GPU what it takes to queue the work.
     pub host: Duration,
     /// Times, moves, stalls, memory.
     #[serde(flatten)]
@@ -69,6 +68,12 @@ struct Pass {
     tape: Tape,
     input: Activation,
     output: Activation,
+}
+
+/// Processor time that this thread has used.
+fn thread_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
 type Hook = Box<dyn FnMut(&StepReport) + Send>;
@@ -183,12 +188,11 @@ impl Engine {
     }
 
     fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, Duration, StepStats), Error> {
-        let stalls = self.runtime.stats().stall();
-        let began = Instant::now();
+        let began = thread_time();
         self.runtime.begin_step(step, lr)?;
         let boundaries = self.forward(batch, step)?;
         let losses = self.backward(batch, step, boundaries)?;
-        let host = began.elapsed().saturating_sub(self.runtime.stats().stall() - stalls);
+        let host = thread_time().saturating_sub(began);
         // Read last: reading waits for the device.
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
         Ok((loss, host, self.runtime.end_step()?))

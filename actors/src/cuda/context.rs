@@ -1,6 +1,6 @@
 //! One context for all streams of a GPU, and its pool of non-model memory.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUmemPool_attribute::{
     CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
@@ -15,15 +15,23 @@ use crate::types::Bytes;
 /// A GPU: its context, its pool, and the kernels of chunk work.
 pub struct Gpu {
     context: Arc<CudaContext>,
-    pool: sys::CUmemoryPool,
+    pool: Mutex<Pool>,
     profile: Arc<Profile>,
     pub(crate) kernels: Kernels,
 }
 
-// SAFETY: a pool is a handle of the driver, which locks it itself.
-unsafe impl Send for Gpu {}
-// SAFETY: as above.
-unsafe impl Sync for Gpu {}
+/// The pool from which candle takes memory.
+struct Pool {
+    handle: sys::CUmemoryPool,
+    /// Made by `cap_pool`, so to be destroyed.
+    own: bool,
+}
+
+// SAFETY: a handle of the driver, which locks it itself.
+unsafe impl Send for Pool {}
+
+/// Pools grow in steps of this size.
+const POOL_MULTIPLE: usize = 2 << 20;
 
 /// Use of the pool from which everything that is not a chunk comes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -40,8 +48,7 @@ pub(crate) fn device_error(action: &'static str, error: DriverError) -> MemoryEr
 }
 
 impl Gpu {
-    /// Takes over `context`: memory given back to the pool stays there, since asking the system for it again costs half a
-    /// millisecond.
+    /// Takes over `context`.
     pub fn new(context: Arc<CudaContext>) -> Result<Self, MemoryError> {
         context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
         let profile = Arc::new(Profile::default());
@@ -49,9 +56,35 @@ impl Gpu {
         // SAFETY: the context keeps the device alive.
         let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }
             .map_err(|error| device_error("find its memory pool", error))?;
-        let gpu = Gpu { context, pool, profile, kernels };
-        gpu.set(CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)?;
-        Ok(gpu)
+        keep_memory(pool)?;
+        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, own: false }), profile, kernels })
+    }
+
+    /// From now on candle's memory comes from a pool of at most `limit` bytes: what does not fit is an error of the
+    /// operation that asked, and never takes memory that is meant for chunks.
+    pub fn cap_pool(&self, limit: Bytes) -> Result<(), MemoryError> {
+        self.context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
+        let failed = |error| device_error("cap its memory pool", error);
+        // SAFETY: all zeros are a valid description; it is filled in below.
+        let mut properties: sys::CUmemPoolProps = unsafe { std::mem::zeroed() };
+        properties.allocType = sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED;
+        properties.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
+        properties.location.id = self.context.ordinal() as i32;
+        properties.maxSize = usize::try_from(limit.0).unwrap_or(usize::MAX).next_multiple_of(POOL_MULTIPLE);
+        // SAFETY: a description as the driver wants it, and a pool that was just made.
+        let handle = unsafe {
+            let handle = result::mem_pool::create(&properties).map_err(failed)?;
+            result::device::set_mem_pool(self.context.cu_device(), handle).map_err(failed)?;
+            handle
+        };
+        keep_memory(handle)?;
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = std::mem::replace(&mut *pool, Pool { handle, own: true });
+        if before.own {
+            // SAFETY: made here; what is still allocated from it stays valid until it is freed.
+            unsafe { result::mem_pool::destroy(before.handle) }.map_err(failed)?;
+        }
+        Ok(())
     }
 
     /// The context.
@@ -66,28 +99,42 @@ impl Gpu {
 
     /// Use of the pool.
     pub fn pool_use(&self) -> Result<PoolUse, MemoryError> {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
         Ok(PoolUse {
-            live: Bytes(self.get(CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?),
-            peak: Bytes(self.get(CU_MEMPOOL_ATTR_USED_MEM_HIGH)?),
+            live: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?),
+            peak: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH)?),
         })
+    }
+
+    /// Gives memory that is not allocated back to the system, so that it can be taken in other pieces.
+    pub fn trim_pool(&self) -> Result<(), MemoryError> {
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
+        // SAFETY: a live pool.
+        unsafe { result::mem_pool::trim_to(pool, 0) }.map_err(|error| device_error("trim its memory pool", error))
     }
 
     /// Starts the peak over.
     pub fn reset_pool_peak(&self) -> Result<(), MemoryError> {
-        self.set(CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
+        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
+        set(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
     }
+}
 
-    fn set(&self, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<(), MemoryError> {
-        // SAFETY: the attributes used here are 64-bit numbers.
-        unsafe { result::mem_pool::set_attribute(self.pool, attribute, (&raw mut value).cast()) }
-            .map_err(|error| device_error("set up its memory pool", error))
-    }
+/// Memory given back to a pool stays there: asking the system for it again costs half a millisecond.
+fn keep_memory(pool: sys::CUmemoryPool) -> Result<(), MemoryError> {
+    set(pool, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, u64::MAX)
+}
 
-    fn get(&self, attribute: sys::CUmemPool_attribute) -> Result<u64, MemoryError> {
-        let mut value = 0u64;
-        // SAFETY: as in `set`.
-        unsafe { result::mem_pool::get_attribute(self.pool, attribute, (&raw mut value).cast()) }
-            .map_err(|error| device_error("ask its memory pool", error))?;
-        Ok(value)
-    }
+fn set(pool: sys::CUmemoryPool, attribute: sys::CUmemPool_attribute, mut value: u64) -> Result<(), MemoryError> {
+    // SAFETY: callers pass a live pool; the attributes used here are 64-bit numbers.
+    unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut value).cast()) }
+        .map_err(|error| device_error("set up its memory pool", error))
+}
+
+fn get(pool: sys::CUmemoryPool, attribute: sys::CUmemPool_attribute) -> Result<u64, MemoryError> {
+    let mut value = 0u64;
+    // SAFETY: as in `set`.
+    unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut value).cast()) }
+        .map_err(|error| device_error("ask its memory pool", error))?;
+    Ok(value)
 }

@@ -59,6 +59,11 @@ pub trait Backend: Send + Sync + 'static {
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
     /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
     fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError>;
+    /// Whether slots and non-model memory are two allocations, neither of which can use what the other leaves.
+    fn separates_non_model(&self) -> bool;
+    /// From now on non-model memory may not exceed `limit`: what asks for more gets an error. Without effect where slots
+    /// and non-model memory are one allocation.
+    fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError>;
     /// The end of what the model has queued so far; `None` where the model computes before it returns.
     fn compute_event(&self) -> Result<Option<Event>, MemoryError>;
     /// Arithmetic on chunks in the device tier; `None` where the host can do it there.
@@ -183,6 +188,14 @@ impl Backend for CpuBackend {
 
     fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
         Ok(Box::new(arena))
+    }
+
+    fn separates_non_model(&self) -> bool {
+        false
+    }
+
+    fn cap_non_model(&self, _limit: Bytes) -> Result<(), MemoryError> {
+        Ok(())
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {

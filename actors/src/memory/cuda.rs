@@ -55,7 +55,10 @@ impl DeviceEvent for CudaDeviceEvent {
 }
 
 fn record(stream: &CudaStream) -> Result<Event, MemoryError> {
-    let event = stream.record_event(None).map_err(|error| device_error("record an event", error))?;
+    // Whoever waits for it sleeps: cores are for the optimizer.
+    let event = stream
+        .record_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))
+        .map_err(|error| device_error("record an event", error))?;
     Ok(Arc::new(CudaDeviceEvent(event)))
 }
 
@@ -186,6 +189,14 @@ impl Backend for CudaBackend {
         .result()
         .map_err(|error| device_error("register host memory", error))?;
         Ok(Box::new(RegisteredArena { context, arena }))
+    }
+
+    fn separates_non_model(&self) -> bool {
+        true
+    }
+
+    fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError> {
+        self.gpu.cap_pool(limit)
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {

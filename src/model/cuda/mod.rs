@@ -11,6 +11,7 @@ mod linear;
 mod matmul;
 mod norm;
 mod ops;
+mod staging;
 mod tensor_map;
 
 pub use ops::CudaOps;

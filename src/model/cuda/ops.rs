@@ -11,8 +11,10 @@ use candle_core::op::BackpropOp;
 use candle_core::{DType, Device, Result, Shape, Storage, Tensor, bail};
 use half::{bf16, f16};
 use patrickstar_actors::cuda::{Arg, Gpu, Grid, Kernels};
+use patrickstar_actors::types::Bytes;
 
 use super::matmul::Products;
+use super::staging::Staging;
 
 /// Partial sums of a reduction over rows. It decides the order of additions, so it is the same on every GPU.
 pub(super) const PARTIALS: usize = 128;
@@ -34,6 +36,7 @@ pub struct CudaOps {
     pub(super) attention_backward_kv: Kernels,
     pub(super) attention_f32: Kernels,
     pub(super) products: Mutex<Products>,
+    staging: Mutex<Staging>,
     /// Two counters of the attention kernels.
     pub(super) counters: Tensor,
 }
@@ -94,6 +97,7 @@ impl CudaOps {
         let multiprocessors =
             gpu.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(message)?.unsigned_abs();
         let products = Mutex::new(Products::new(&stream)?);
+        let staging = Mutex::new(Staging::new(&stream)?);
         let counters = Tensor::zeros(2, DType::U32, &device)?;
         Ok(CudaOps {
             multiprocessors,
@@ -107,6 +111,7 @@ impl CudaOps {
             attention_backward_kv: cubin!(gpu, "attention_backward_kv"),
             attention_f32: cubin!(gpu, "attention_f32"),
             products,
+            staging,
             counters,
             device,
             cuda,
@@ -134,14 +139,31 @@ impl CudaOps {
     pub(super) fn uninitialised(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
         let elements = shape.elem_count();
-        // SAFETY: callers hand the tensor to a kernel that writes all of it before anybody reads it.
-        let storage = unsafe {
-            match dtype {
-                DType::F32 => self.allocate::<f32>(elements)?,
-                DType::BF16 => self.allocate::<bf16>(elements)?,
-                DType::F16 => self.allocate::<f16>(elements)?,
-                DType::U32 => self.allocate::<u32>(elements)?,
-                other => bail!("no activations of type {other:?} on a GPU"),
+        let allocate = || {
+            // SAFETY: callers hand the tensor to a kernel that writes all of it before anybody reads it.
+            unsafe {
+                match dtype {
+                    DType::F32 => self.allocate::<f32>(elements),
+                    DType::BF16 => self.allocate::<bf16>(elements),
+                    DType::F16 => self.allocate::<f16>(elements),
+                    DType::U32 => self.allocate::<u32>(elements),
+                    other => bail!("no activations of type {other:?} on a GPU"),
+                }
+            }
+        };
+        let storage = match allocate() {
+            Ok(storage) => storage,
+            // Free memory in pieces that are too small becomes whole when nothing is queued any more.
+            Err(_) => {
+                self.stream.synchronize().map_err(message)?;
+                self.gpu.trim_pool().map_err(message)?;
+                allocate().map_err(|error| {
+                    let bytes = Bytes((elements * dtype.size_in_bytes()) as u64);
+                    message(format!(
+                        "the GPU has no {bytes} left for an activation ({}): lower train.batch, raise train.micro_batches, or set train.recompute = \"full\"",
+                        error.to_string().lines().next().unwrap_or_default()
+                    ))
+                })?
             }
         };
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
@@ -160,7 +182,11 @@ impl CudaOps {
 
     /// Copies numbers to the device, after what is queued so far.
     pub(super) fn upload(&self, values: &[u32]) -> Result<Tensor> {
-        Tensor::from_slice(values, values.len(), &self.device)
+        let tensor = self.uninitialised(values.len(), DType::U32)?;
+        let mut staging = self.staging.lock().map_err(message)?;
+        // SAFETY: the tensor was just made for these values; its memory is freed in the order of the stream.
+        unsafe { staging.upload(values, self.address(&tensor)?)? };
+        Ok(tensor)
     }
 
     /// The address of a contiguous tensor on this device.

@@ -39,7 +39,7 @@ pub fn positional_embedding(x: &Activation, table: &Param) -> Result<Activation>
 
 /// Positions ordered by their token, those of one token in order.
 pub(crate) fn sorted_positions(ids: &[u32]) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    order.sort_by_key(|&position| (ids[position as usize], position));
-    order
+    let mut keys: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, position)| u64::from(id) << 32 | position).collect();
+    keys.sort_unstable();
+    keys.into_iter().map(|key| key as u32).collect()
 }

@@ -56,10 +56,6 @@ pub struct RuntimeConfig {
     pub monitor_interval: Duration,
 }
 
-/// Non-model memory that is an allocation of its own gets one part in this many more than was predicted: it cannot be
-/// moved together when it falls to pieces.
-const FRAGMENTS: u64 = 10;
-
 /// The chunk runtime. One thread, the compute thread, drives it.
 pub struct Runtime {
     system: ActorSystem,
@@ -114,8 +110,7 @@ impl Runtime {
         let chunk = layout.chunk_bytes();
         let all = layout.chunk_count() as u32;
         // No more slots than there are chunks: a device larger than the model leaves the rest to others.
-        let beside =
-            if backend.separates_non_model() { config.non_model.0 + config.non_model.0 / FRAGMENTS } else { 0 };
+        let beside = if backend.separates_non_model() { config.non_model.0 } else { 0 };
         let fitting = config.device.0.saturating_sub(beside) / chunk.0;
         let device_slots = (fitting.min(u64::from(u32::MAX)) as u32).min(all);
         let slots = [

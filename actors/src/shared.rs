@@ -17,7 +17,7 @@ use crate::timeline::{Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Step, Tier};
 
 /// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs.
-const RUN_AHEAD: usize = 8;
+const RUN_AHEAD: usize = 16;
 
 /// Policies that may change while training runs; they never change the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,7 +199,8 @@ impl Shared {
         let oldest = {
             let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
             queued.push_back(Arc::clone(event));
-            if queued.len() > RUN_AHEAD { queued.pop_front() } else { None }
+            // Half of them at once: every wait costs the thread a sleep.
+            if queued.len() >= RUN_AHEAD { queued.drain(..RUN_AHEAD / 2).next_back() } else { None }
         };
         oldest.map_or(Ok(()), |event| Ok(event.synchronize()?))
     }

@@ -93,6 +93,8 @@ pub struct StepShape {
 /// Widths of activations that a layer keeps for its backward: two norms, queries, keys and values, attention, the middle
 /// of the residual stream, and four each before and after GELU.
 const KEPT_WIDTHS: u64 = 15;
+/// A GPU's pool gets one part in this many more than is allocated from it.
+const FRAGMENTS: u64 = 10;
 /// Widths that the backward of a layer needs beside: gradients before and after GELU, and of the residual stream.
 const BACKWARD_WIDTHS: u64 = 10;
 
@@ -114,7 +116,9 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
         (tokens.min(256), attention + (2 << 20))
     };
     let head = (head_tokens * model.vocab * 4) as u64 + activation * 4;
-    extra + boundaries + activation * KEPT_WIDTHS * kept_layers + block.max(head)
+    let bytes = extra + boundaries + activation * KEPT_WIDTHS * kept_layers + block.max(head);
+    // A pool of its own cannot be moved together when it falls to pieces.
+    if shape.gpu { bytes + bytes / FRAGMENTS } else { bytes }
 }
 
 impl Gpt2Config {

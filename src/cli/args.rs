@@ -178,6 +178,8 @@ pub enum BenchCommand {
         #[arg(long, default_value_t = 3.0, value_parser = positive)]
         seconds: f64,
     },
+    /// Time of each GPU kernel beside its floor.
+    Kernels,
     /// Compare with the resident run, bit for bit.
     Parity,
     /// Compare with recorded results.

@@ -2,6 +2,7 @@
 
 mod block;
 mod golden;
+mod kernels;
 mod memory;
 mod parity;
 mod step;
@@ -21,6 +22,7 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
         BenchCommand::Block { hidden, heads, batch, seq_len, seconds } => {
             (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds)?, true)
         }
+        BenchCommand::Kernels => (kernels::run()?, true),
         BenchCommand::Parity => parity::run()?,
         BenchCommand::Golden { dir, precision } => golden::run(&dir, precision)?,
     };
@@ -28,6 +30,8 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
         output::json(&value)?;
     } else if let Value::Object(fields) = &value {
         fields.iter().try_for_each(|(name, value)| output::line(&format!("{name:24} {value}")))?;
+    } else if let Value::Array(rows) = &value {
+        kernels::table(rows).iter().try_for_each(|line| output::line(line))?;
     }
     Ok(if pass { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

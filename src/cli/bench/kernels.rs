@@ -1,0 +1,68 @@
+//! `bench kernels`: time of each kernel at the sizes of a training, beside its floor. The floor is the bytes a kernel must
+//! move over the rate of a large copy, or its operations over the rate of a large product, both measured in the same run.
+
+#[cfg(feature = "cuda")]
+mod cases;
+#[cfg(feature = "cuda")]
+mod clock;
+
+use serde_json::Value;
+
+use crate::Error;
+
+/// An array with an object for each kernel; the first two are the copy and the product that give the floors.
+#[cfg(feature = "cuda")]
+pub fn run() -> Result<Value, Error> {
+    cases::measure()
+}
+
+#[cfg(not(feature = "cuda"))]
+pub fn run() -> Result<Value, Error> {
+    Err(Error::Failed(
+        "bench kernels times a GPU, and this program was built for the host: build with cargo build --release --features cuda".into(),
+    ))
+}
+
+/// The array as lines for people.
+pub fn table(rows: &[Value]) -> Vec<String> {
+    let header = format!("{:28} {:>24} {:>10} {:>10} {:>6}  {}", "kernel", "shape", "ms", "floor ms", "ratio", "rate");
+    let line = |row: &Value| {
+        let text = |key: &str| row[key].as_str().unwrap_or_default().to_owned();
+        let number = |key: &str| row[key].as_f64().unwrap_or(f64::NAN);
+        let rate = match row["tflops"].as_f64() {
+            Some(tflops) => format!("{tflops:.0} TFLOP/s"),
+            None => format!("{:.0} GB/s", number("gbps")),
+        };
+        let (ms, floor) = (number("s") * 1e3, number("floor_s") * 1e3);
+        format!("{:28} {:>24} {ms:>10.4} {floor:>10.4} {:>6.3}  {rate}", text("name"), text("shape"), number("ratio"))
+    };
+    std::iter::once(header).chain(rows.iter().map(line)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_table_has_a_line_a_kernel() {
+        let rows = [
+            json!({"name": "sum", "shape": "16384 x 2048", "s": 2e-4, "floor_s": 1e-4, "ratio": 0.5, "gbps": 1500.0}),
+            json!({"name": "qkv_forward", "shape": "1 x 2 x 3", "s": 1e-3, "floor_s": 1e-3, "ratio": 1.0, "tflops": 700.0}),
+        ];
+        let lines = table(&rows);
+        assert_eq!(lines.len(), 3);
+        assert!(
+            lines[1].contains("0.2000") && lines[1].contains("0.500") && lines[1].ends_with("1500 GB/s"),
+            "{lines:?}"
+        );
+        assert!(lines[2].ends_with("700 TFLOP/s"), "{lines:?}");
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    #[test]
+    fn a_program_for_the_host_says_what_to_build() {
+        assert!(run().unwrap_err().to_string().contains("--features cuda"));
+    }
+}

@@ -1,0 +1,339 @@
+//! The kernels of a step of the 1b shape, and of chunk work, with what each must at least do.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Tensor};
+use patrickstar_actors::adam::{AdamConfig, StepScalars};
+use patrickstar_actors::cuda::ChunkMath;
+use patrickstar_actors::error::RuntimeError;
+use patrickstar_actors::memory::{DeviceMath, MemoryError, StateAddresses};
+use patrickstar_actors::types::{Precision, Step};
+use serde_json::{Value, json};
+
+use super::clock::Clock;
+use crate::Error;
+use crate::model::block::Context;
+use crate::model::cuda::CudaOps;
+use crate::model::ops::Gelu;
+use crate::model::param::{Param, ParamTile};
+use crate::model::rng::{self, Mask};
+
+const BATCH: usize = 16;
+const TIME: usize = 1024;
+const TOKENS: usize = BATCH * TIME;
+const HIDDEN: usize = 2048;
+const WIDE: usize = 4 * HIDDEN;
+const VOCABULARY: usize = 50_304;
+/// Sides of the product that gives the rate.
+const SQUARE: usize = 8192;
+const PARAMETERS: usize = 100_000_000;
+/// Bytes of a bf16 number.
+const B: f64 = 2.0;
+
+/// What a kernel cannot do without.
+#[derive(Clone, Copy)]
+enum Need {
+    Bytes(f64),
+    Operations(f64),
+}
+
+struct Report {
+    clock: Clock,
+    bytes_per_s: f64,
+    operations_per_s: f64,
+    rows: Vec<Value>,
+}
+
+/// A parameter with random weights, and the memory it is bound to.
+struct Weight {
+    param: Param,
+    _memory: Vec<Tensor>,
+}
+
+pub fn measure() -> Result<Value, Error> {
+    let ops = CudaOps::open(0).map_err(|error| {
+        let reason = error.to_string();
+        Error::Failed(format!("no GPU to time: {}; see nvidia-smi", reason.lines().next().unwrap_or_default()))
+    })?;
+    let mut report = Report::new(ops)?;
+    report.norms_and_sums()?;
+    report.embeddings()?;
+    report.wide()?;
+    report.head()?;
+    for (batch, time) in [(16, 1024), (4, 4096)] {
+        report.attention(batch, time)?;
+    }
+    for (name, inner, outer) in
+        [("qkv", HIDDEN, 3 * HIDDEN), ("proj", HIDDEN, HIDDEN), ("fc", HIDDEN, WIDE), ("fc2", WIDE, HIDDEN)]
+    {
+        report.products(name, inner, outer)?;
+    }
+    report.chunk_work()?;
+    Ok(Value::Array(report.rows))
+}
+
+fn of_chunks(error: MemoryError) -> Error {
+    RuntimeError::from(error).into()
+}
+
+impl Report {
+    /// Measures the two rates.
+    fn new(ops: Arc<CudaOps>) -> Result<Self, Error> {
+        let clock = Clock::new(ops)?;
+        let mut report = Report { clock, bytes_per_s: f64::NAN, operations_per_s: f64::NAN, rows: Vec::new() };
+        let (seconds, bytes) = report.clock.large_copy()?;
+        report.bytes_per_s = bytes / seconds;
+        let (x, weight) = (report.random(&[SQUARE, SQUARE])?, report.weight("square", &[SQUARE, SQUARE], SQUARE)?);
+        let seconds_of_product =
+            report.clock.sustained(|| report.clock.ops.linear_forward(&x, &weight.param, None, None).map(drop))?;
+        let operations = 2.0 * (SQUARE as f64).powi(3);
+        report.operations_per_s = operations / seconds_of_product;
+        let card = report.clock.ops.gpu().context().name().unwrap_or_default();
+        report.add("device_copy", "2 GiB".into(), seconds, Need::Bytes(bytes));
+        report.add(
+            "large_product",
+            format!("{SQUARE} x {SQUARE} x {SQUARE}"),
+            seconds_of_product,
+            Need::Operations(operations),
+        );
+        for row in &mut report.rows {
+            row["card"] = card.clone().into();
+        }
+        Ok(report)
+    }
+
+    fn add(&mut self, name: &str, shape: String, seconds: f64, need: Need) {
+        let (floor, bound, key, rate) = match need {
+            Need::Bytes(bytes) => (bytes / self.bytes_per_s, "memory", "gbps", bytes / seconds / 1e9),
+            Need::Operations(count) => (count / self.operations_per_s, "compute", "tflops", count / seconds / 1e12),
+        };
+        let mut row = json!({"name": name, "shape": shape, "s": seconds, "floor_s": floor, "ratio": floor / seconds, "bound": bound});
+        row[key] = rate.into();
+        self.rows.push(row);
+    }
+
+    /// Times `work`, which queues kernels and does not wait.
+    fn time(
+        &mut self,
+        name: &str,
+        shape: String,
+        need: Need,
+        work: impl Fn(&CudaOps) -> candle_core::Result<()>,
+    ) -> Result<(), Error> {
+        let seconds = self.clock.around(|| work(&self.clock.ops))?;
+        self.add(name, shape, seconds, need);
+        Ok(())
+    }
+
+    /// Times the kernels of `class` in `work`.
+    fn time_class(
+        &mut self,
+        (name, class): (&str, &'static str),
+        shape: String,
+        need: Need,
+        work: impl Fn(&CudaOps) -> candle_core::Result<()>,
+    ) -> Result<(), Error> {
+        let seconds = self.clock.class(class, || work(&self.clock.ops))?;
+        self.add(name, shape, seconds, need);
+        Ok(())
+    }
+
+    fn random(&self, shape: &[usize]) -> Result<Tensor, Error> {
+        Ok(Tensor::randn(0f32, 1f32, shape, self.clock.ops.device())?.to_dtype(DType::BF16)?)
+    }
+
+    /// A parameter in tiles of `rows` rows.
+    fn weight(&self, name: &str, shape: &[usize], rows: usize) -> Result<Weight, Error> {
+        let ops = &self.clock.ops;
+        let columns: usize = shape[1..].iter().product();
+        let weight = (self.random(shape)? * 0.02)?;
+        let gradient = weight.zeros_like()?;
+        let (at, gradient_at) = (ops.address(&weight)?, ops.address(&gradient)?);
+        let tiles = (0..shape[0]).step_by(rows).map(|row_start| {
+            let offset = (row_start * columns * 2) as u64;
+            ParamTile {
+                row_start,
+                rows: rows.min(shape[0] - row_start),
+                weight: (at + offset) as *const u8,
+                gradient: (gradient_at + offset) as *mut u8,
+            }
+        });
+        let param = Param::new(name, shape, Precision::Bf16, (rows < shape[0]).then_some(rows));
+        // SAFETY: the tensors live as long as the parameter, and nobody else has them.
+        unsafe { param.bind(tiles.collect()) };
+        Ok(Weight { param, _memory: vec![weight, gradient] })
+    }
+
+    fn norms_and_sums(&mut self) -> Result<(), Error> {
+        let (x, dy, before) =
+            (self.random(&[TOKENS, HIDDEN])?, self.random(&[TOKENS, HIDDEN])?, self.random(&[TOKENS, HIDDEN])?);
+        let (w, b) = (self.weight("w", &[HIDDEN], HIDDEN)?, self.weight("b", &[HIDDEN], HIDDEN)?);
+        let shape = || format!("{TOKENS} x {HIDDEN}");
+        let one = (TOKENS * HIDDEN) as f64 * B;
+        let stats_bytes = (TOKENS * 8) as f64;
+        self.time("layer_norm_forward", shape(), Need::Bytes(2.0 * one + stats_bytes), |ops| {
+            ops.layer_norm_forward(&x, &w.param, &b.param, 1e-5).map(drop)
+        })?;
+        let (_, stats) = self.clock.ops.layer_norm_forward(&x, &w.param, &b.param, 1e-5)?;
+        self.time("layer_norm_backward_add", shape(), Need::Bytes(4.0 * one + stats_bytes), |ops| {
+            ops.layer_norm_backward(&dy, &x, &stats, &w.param, &b.param, Some(before.clone())).map(drop)
+        })?;
+        self.time("sum", shape(), Need::Bytes(3.0 * one), |ops| ops.sum(&x, &dy).map(drop))?;
+        let context =
+            Context { seed: 0, step: Step(1), micro: 0, block: 1, training: true, targets: None, target_count: 1 };
+        let mask = Mask::new(0.1, &context, 0);
+        let scale = 1.0 / 0.9;
+        self.time("dropout", shape(), Need::Bytes(2.0 * one), |ops| ops.dropout(&x, &mask, scale, None).map(drop))?;
+        self.time("dropout_add", shape(), Need::Bytes(3.0 * one), |ops| {
+            ops.dropout(&x, &mask, scale, Some(before.clone())).map(drop)
+        })
+    }
+
+    fn embeddings(&mut self) -> Result<(), Error> {
+        let table = self.weight("table", &[VOCABULARY, HIDDEN], VOCABULARY)?;
+        let positions = self.weight("positions", &[TIME, HIDDEN], TIME)?;
+        let ids: Vec<u32> = (0..TOKENS as u64)
+            .map(|i| ((rng::uniform(1, i) * VOCABULARY as f64) as u32).min(VOCABULARY as u32 - 1))
+            .collect();
+        let mut distinct = ids.clone();
+        distinct.sort_unstable();
+        distinct.dedup();
+        let (x, shape) = (self.random(&[BATCH, TIME, HIDDEN])?, || format!("{TOKENS} x {HIDDEN}"));
+        let row = HIDDEN as f64 * B;
+        let (all, touched) = (TOKENS as f64 * row, distinct.len() as f64 * row);
+        self.time_class(("embedding_forward", "embedding"), shape(), Need::Bytes(touched + all), |ops| {
+            ops.embedding_forward(&ids, &[BATCH, TIME], &table.param).map(drop)
+        })?;
+        self.time_class(("embedding_backward", "embedding"), shape(), Need::Bytes(all + 2.0 * touched), |ops| {
+            ops.embedding_backward(&x, &ids, &table.param)
+        })?;
+        let places = TIME as f64 * row;
+        self.time("positions_forward", shape(), Need::Bytes(2.0 * all + places), |ops| {
+            ops.positions_forward(&x, &positions.param).map(drop)
+        })?;
+        self.time("positions_backward", shape(), Need::Bytes(all + 2.0 * places), |ops| {
+            ops.positions_backward(&x, &positions.param)
+        })
+    }
+
+    fn wide(&mut self) -> Result<(), Error> {
+        let (u, dy) = (self.random(&[TOKENS, WIDE])?, self.random(&[TOKENS, WIDE])?);
+        let (bias, shape) = (self.weight("bias", &[WIDE], WIDE)?, || format!("{TOKENS} x {WIDE}"));
+        let one = (TOKENS * WIDE) as f64 * B;
+        for (form, forward, backward) in [
+            (Gelu::Tanh, "gelu_tanh_forward", "gelu_tanh_backward"),
+            (Gelu::Erf, "gelu_erf_forward", "gelu_erf_backward"),
+        ] {
+            self.time(forward, shape(), Need::Bytes(2.0 * one), |ops| ops.gelu_forward(&u, form).map(drop))?;
+            self.time(backward, shape(), Need::Bytes(3.0 * one), |ops| {
+                ops.gelu_backward(&dy, &u, form, None).map(drop)
+            })?;
+        }
+        self.time("gelu_backward_bias", shape(), Need::Bytes(3.0 * one), |ops| {
+            ops.gelu_backward_bias(&dy, &u, Gelu::Tanh, &bias.param).map(drop)
+        })?;
+        let (x, weight) = (self.random(&[TOKENS, HIDDEN])?, self.weight("fc", &[WIDE, HIDDEN], WIDE / 2)?);
+        self.time_class(("column_sums", "norm"), shape(), Need::Bytes(one), |ops| {
+            ops.linear_backward_weight(&dy, &x, &weight.param, Some(&bias.param))
+        })?;
+        // Sums over the panels of a tiled weight are fp32 until the last.
+        let narrowed = (TOKENS * HIDDEN) as f64 * (4.0 + B);
+        self.time_class(("cast", "cast"), format!("{TOKENS} x {HIDDEN}"), Need::Bytes(narrowed), |ops| {
+            ops.linear_backward_input(&dy, &weight.param, None).map(drop)
+        })
+    }
+
+    fn head(&mut self) -> Result<(), Error> {
+        let (x, table) = (self.random(&[TOKENS, HIDDEN])?, self.weight("head", &[VOCABULARY, HIDDEN], VOCABULARY)?);
+        let targets: Vec<i64> =
+            (0..TOKENS as u64).map(|i| (rng::uniform(2, i) * (VOCABULARY - 1) as f64) as i64).collect();
+        let logits = (TOKENS * VOCABULARY) as f64;
+        let scale = 1.0 / TOKENS as f32;
+        let run = |ops: &CudaOps| ops.linear_cross_entropy(&x, &table.param, &targets, scale, true).map(drop);
+        let shape = || format!("{TOKENS} x {HIDDEN} x {VOCABULARY}");
+        // Logits are read in fp32; their gradients are written in bf16.
+        let need = Need::Bytes(logits * (4.0 + B));
+        self.time_class(("cross_entropy", "cross_entropy"), format!("{TOKENS} x {VOCABULARY}"), need, run)?;
+        self.time("linear_cross_entropy", shape(), Need::Operations(6.0 * logits * HIDDEN as f64), run)
+    }
+
+    fn attention(&mut self, batch: usize, time: usize) -> Result<(), Error> {
+        const HEADS: usize = 16;
+        const HEAD: usize = 128;
+        let (qkv, dy) = (self.random(&[batch, time, 3 * HEADS * HEAD])?, self.random(&[batch, time, HEADS * HEAD])?);
+        let shape = || format!("{batch} x {HEADS} x {time} x {HEAD}");
+        // A product of queries and keys or of probabilities and values, of which the mask leaves half.
+        let product = (2 * batch * HEADS * time * time * HEAD) as f64 / 2.0;
+        self.time("attention_forward", shape(), Need::Operations(2.0 * product), |ops| {
+            ops.attention_forward(&qkv, HEADS).map(drop)
+        })?;
+        let (out, lse) = self.clock.ops.attention_forward(&qkv, HEADS)?;
+        self.time("attention_backward", shape(), Need::Operations(5.0 * product), |ops| {
+            ops.attention_backward(&dy, &qkv, &out, lse.as_ref(), HEADS).map(drop)
+        })
+    }
+
+    fn products(&mut self, name: &str, inner: usize, outer: usize) -> Result<(), Error> {
+        let (x, dy) = (self.random(&[TOKENS, inner])?, self.random(&[TOKENS, outer])?);
+        let (weight, bias) = (self.weight(name, &[outer, inner], outer)?, self.weight("bias", &[outer], outer)?);
+        // The way back to the residual stream adds it.
+        let residual = if outer == HIDDEN { Some(self.random(&[TOKENS, outer])?) } else { None };
+        let shape = || format!("{TOKENS} x {inner} x {outer}");
+        let need = Need::Operations(2.0 * (TOKENS * inner) as f64 * outer as f64);
+        self.time(&format!("{name}_forward"), shape(), need, |ops| {
+            ops.linear_forward(&x, &weight.param, Some(&bias.param), residual.as_ref()).map(drop)
+        })?;
+        self.time(&format!("{name}_dx"), shape(), need, |ops| {
+            ops.linear_backward_input(&dy, &weight.param, None).map(drop)
+        })?;
+        self.time(&format!("{name}_dw"), shape(), need, |ops| ops.linear_backward_weight(&dy, &x, &weight.param, None))
+    }
+
+    /// The optimizer's step and the sums of rows, which have a stream of their own.
+    fn chunk_work(&mut self) -> Result<(), Error> {
+        let math = ChunkMath::new(Arc::clone(self.clock.ops.gpu())).map_err(of_chunks)?;
+        let device = self.clock.ops.device();
+        let floats = || Tensor::randn(0f32, 1f32, PARAMETERS, device);
+        let (weight, momentum, gradient) = (floats()?, floats()?, floats()?);
+        let (variance, low) = (momentum.sqr()?, Tensor::zeros(PARAMETERS, DType::BF16, device)?);
+        let narrow = |tensor: &Tensor| tensor.to_dtype(DType::BF16);
+        let scalars = StepScalars::new(&AdamConfig::default(), 1e-4, Step(10), 1.0);
+        let columns = HIDDEN;
+        let rows = PARAMETERS / columns;
+        // Weight, momentum and variance are read and written, the gradient is read.
+        for (precision, step_bytes, names) in [
+            (Precision::Fp32, 28.0, ["adam_fp32", "row_sums_fp32"]),
+            (Precision::Bf16, 26.0, ["adam_bf16", "row_sums_bf16"]),
+        ] {
+            let half = precision == Precision::Bf16;
+            let (weight, gradient) =
+                if half { (narrow(&weight)?, narrow(&gradient)?) } else { (weight.clone(), gradient.clone()) };
+            let at = |tensor: &Tensor| self.clock.ops.address(tensor).map(|address| address as *mut u8);
+            let states = StateAddresses {
+                weight: at(&weight)?,
+                low: if half { at(&low)? } else { std::ptr::null_mut() },
+                momentum: at(&momentum)?,
+                variance: at(&variance)?,
+                gradient: at(&gradient)?,
+            };
+            self.clock.ops.device().synchronize()?;
+            let seconds = self.clock.class("adam", || {
+                // The other stream must not copy at the same time.
+                self.clock.ops.device().synchronize()?;
+                // SAFETY: tensors of that many elements, which outlive the call; it is waited for.
+                unsafe { math.step(precision, &scalars, true, states, PARAMETERS) }
+                    .and_then(|()| math.finish())
+                    .map_err(of_chunks)
+            })?;
+            self.add(names[0], format!("{PARAMETERS}"), seconds, Need::Bytes(step_bytes * PARAMETERS as f64));
+            let seconds = self.clock.class("adam", || {
+                self.clock.ops.device().synchronize()?;
+                // SAFETY: as above.
+                unsafe { math.row_sums(precision, states.gradient, rows, columns) }.map(drop).map_err(of_chunks)
+            })?;
+            let bytes = (rows * columns) as f64 * if half { 2.0 } else { 4.0 };
+            self.add(names[1], format!("{rows} x {columns}"), seconds, Need::Bytes(bytes));
+        }
+        Ok(())
+    }
+}

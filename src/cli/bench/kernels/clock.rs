@@ -1,0 +1,130 @@
+//! Times by events of the GPU, and the two rates that floors are made of.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::{DType, Tensor};
+use cudarc::driver::result::memcpy_dtod_async;
+use cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT;
+use cudarc::driver::{CudaEvent, DriverError};
+
+use crate::Error;
+use crate::model::cuda::CudaOps;
+
+const WARM_UP: usize = 3;
+/// Timed calls, of which the median counts.
+const CALLS: usize = 15;
+/// What a copy moves that measures the rate: far more than any cache holds.
+const COPIED: usize = 2 << 30;
+/// What is copied before each call. It fills the queue, so that the next kernels are there before it ends, and the cache
+/// with other data, as the kernels between two uses do in a training.
+const AHEAD: usize = 512 << 20;
+/// For how long products run: a card is faster in its first moments than it stays.
+const SUSTAINED_S: f64 = 1.2;
+
+/// Times calls on the stream of the operations.
+pub struct Clock {
+    pub ops: Arc<CudaOps>,
+    from: Tensor,
+    to: Tensor,
+}
+
+fn failed(error: DriverError) -> Error {
+    Error::Failed(format!("the GPU cannot be timed: {error}; see nvidia-smi"))
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds.get(seconds.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+impl Clock {
+    pub fn new(ops: Arc<CudaOps>) -> Result<Self, Error> {
+        let zeros = || Tensor::zeros(COPIED / 4, DType::F32, ops.device());
+        let (from, to) = (zeros()?, zeros()?);
+        Ok(Clock { ops, from, to })
+    }
+
+    fn event(&self) -> Result<CudaEvent, Error> {
+        self.ops.stream().record_event(Some(CU_EVENT_DEFAULT)).map_err(failed)
+    }
+
+    fn copy(&self, bytes: usize) -> Result<(), Error> {
+        let (from, to) = (self.ops.address(&self.from)?, self.ops.address(&self.to)?);
+        // SAFETY: both tensors have at least that many bytes, and live until the stream has passed the copy: their memory
+        // is freed in its order.
+        unsafe { memcpy_dtod_async(to, from, bytes, self.ops.stream().cu_stream()) }.map_err(failed)
+    }
+
+    /// Seconds of `work`, which queues kernels on the stream and does not wait.
+    pub fn around(&self, mut work: impl FnMut() -> candle_core::Result<()>) -> Result<f64, Error> {
+        self.timed(|| Ok(work()?))
+    }
+
+    fn timed(&self, mut work: impl FnMut() -> Result<(), Error>) -> Result<f64, Error> {
+        (0..WARM_UP).try_for_each(|_| work())?;
+        let mut spans = Vec::with_capacity(CALLS);
+        for _ in 0..CALLS {
+            self.copy(AHEAD)?;
+            let start = self.event()?;
+            work()?;
+            spans.push((start, self.event()?));
+        }
+        let seconds = |(start, end): (CudaEvent, CudaEvent)| {
+            // Waits for both.
+            start.elapsed_ms(&end).map(|ms| f64::from(ms) / 1e3).map_err(failed)
+        };
+        Ok(median(spans.into_iter().map(seconds).collect::<Result<_, _>>()?))
+    }
+
+    /// Seconds of the kernels of `class` in a call of `work`, which may do other things beside and wait.
+    pub fn class<E: Into<Error>>(
+        &self,
+        class: &'static str,
+        mut work: impl FnMut() -> Result<(), E>,
+    ) -> Result<f64, Error> {
+        let profile = self.ops.gpu().profile();
+        let timing = |error| Error::from(patrickstar_actors::error::RuntimeError::from(error));
+        let mut seconds = Vec::with_capacity(CALLS);
+        for call in 0..WARM_UP + CALLS {
+            self.ops.stream().synchronize().map_err(failed)?;
+            self.copy(AHEAD)?;
+            profile.set_enabled(true);
+            let worked = work().map_err(Into::into);
+            profile.set_enabled(false);
+            let times = profile.take().map_err(timing)?;
+            worked?;
+            let Some(time) = times.get(class) else {
+                return Err(Error::Failed(format!("no kernel of class {class} ran; please report this")));
+            };
+            if call >= WARM_UP {
+                seconds.push(time.time.as_secs_f64());
+            }
+        }
+        Ok(median(seconds))
+    }
+
+    /// Seconds of a large copy, and the bytes that it reads and writes.
+    pub fn large_copy(&self) -> Result<(f64, f64), Error> {
+        Ok((self.timed(|| self.copy(COPIED))?, 2.0 * COPIED as f64))
+    }
+
+    /// Seconds of a call of `product`, over more than a second without a break.
+    pub fn sustained(&self, mut product: impl FnMut() -> candle_core::Result<()>) -> Result<f64, Error> {
+        /// Products queued before anybody looks at the clock.
+        const QUEUED: usize = 20;
+        let mut run = |seconds: f64| -> Result<f64, Error> {
+            let (began, mut calls) = (Instant::now(), 0);
+            let start = self.event()?;
+            while began.elapsed().as_secs_f64() < seconds {
+                (0..QUEUED).try_for_each(|_| product())?;
+                calls += QUEUED;
+                self.ops.stream().synchronize().map_err(failed)?;
+            }
+            let end = self.event()?;
+            Ok(f64::from(start.elapsed_ms(&end).map_err(failed)?) / 1e3 / calls as f64)
+        };
+        run(SUSTAINED_S / 4.0)?;
+        run(SUSTAINED_S)
+    }
+}

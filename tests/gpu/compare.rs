@@ -1,0 +1,160 @@
+//! An operation on the GPU beside the host's, which computes in fp32.
+
+use candle_core::{DType, Device, Tensor};
+use half::bf16;
+use patrickstar_actors::types::Precision;
+
+use crate::gpu;
+use crate::harness::{Op, Owned, Place, run_from};
+
+/// Distances at which sums and elements are cut into threads, packs and tiles, one less and one more.
+pub const TAILS: [usize; 8] = [1, 7, 31, 33, 127, 129, 1000, 2049];
+
+/// How far a result may be from the host's: a share of itself, and of the largest of its tensor.
+#[derive(Clone, Copy)]
+pub struct Tolerance {
+    relative: f64,
+    absolute: f64,
+}
+
+/// In fp32 both sides round, in different orders, sums of up to some thousand terms, and the GPU's exponentials are a few
+/// units in the last place off: 1e-5 of the largest.
+///
+/// bf16 has eight bits, so a result is off by at most 2^-8 of itself where the GPU computes in fp32 and rounds once, and
+/// by `inner` times 2^-8 of the largest where terms of it were rounded before.
+pub fn tolerance(precision: Precision, inner: u32) -> Tolerance {
+    match precision {
+        Precision::Fp32 => Tolerance { relative: 1e-5, absolute: 1e-5 },
+        Precision::Bf16 => Tolerance { relative: 1.0 / 256.0 + 1e-5, absolute: f64::from(inner) / 256.0 + 1e-5 },
+    }
+}
+
+/// Name of the weight of an operation whose output is a loss.
+pub const HEAD: &str = "head";
+
+/// A parameter: name, shape, rows of a tile.
+pub type Spec = (&'static str, Vec<usize>, usize);
+
+/// A parameter in one chunk.
+pub fn whole(name: &'static str, shape: &[usize]) -> Spec {
+    (name, shape.to_vec(), shape[0])
+}
+
+/// Numbers near a normal distribution, the same for the same name and place.
+pub fn noise(name: &str, elements: usize) -> Vec<f32> {
+    let seed = name.bytes().fold(7u64, |seed, byte| seed.wrapping_mul(0x100_0000_01B3) ^ u64::from(byte));
+    let value = |index: usize| {
+        let bits = mix(seed.wrapping_add(index as u64));
+        let sum: i64 = (0..4).map(|part| (bits >> (16 * part) & 0xFFFF) as i64 - 32_768).sum();
+        sum as f32 / 37_837.0
+    };
+    (0..elements).map(value).collect()
+}
+
+/// splitmix64
+pub fn mix(index: u64) -> u64 {
+    let mut z = index.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ z >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ z >> 27).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ z >> 31
+}
+
+/// As `noise`, of numbers that `precision` has.
+pub fn representable(precision: Precision, name: &str, elements: usize) -> Vec<f32> {
+    let mut values = noise(name, elements);
+    if precision == Precision::Bf16 {
+        values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+    }
+    values
+}
+
+/// An activation in host memory.
+pub fn input(precision: Precision, shape: &[usize]) -> Tensor {
+    Tensor::from_vec(representable(precision, "x", shape.iter().product()), shape, &Device::Cpu).unwrap()
+}
+
+/// What an operation leaves.
+struct Outcome {
+    output: Vec<f32>,
+    is_loss: bool,
+    input_gradient: Vec<f32>,
+    gradients: Vec<Vec<f32>>,
+}
+
+impl Outcome {
+    fn parts<'a>(&'a self, specs: &'a [Spec]) -> Vec<(String, &'a [f32])> {
+        let mut parts = vec![("output".into(), &self.output[..]), ("input gradient".into(), &self.input_gradient)];
+        parts.extend(
+            specs.iter().zip(&self.gradients).map(|(spec, values)| (format!("gradient of {}", spec.0), &values[..])),
+        );
+        parts
+    }
+}
+
+fn outcome(place: &Place, values: Precision, x: &Tensor, specs: &[Spec], op: Op<'_>) -> Outcome {
+    let mut owned: Vec<Owned> = specs
+        .iter()
+        .map(|(name, shape, rows)| {
+            let weights = representable(values, name, shape.iter().product());
+            Owned::from_values(name, shape, place.precision, &weights).tiled(*rows)
+        })
+        .collect();
+    let upstream = |elements| representable(values, "upstream", elements);
+    let (output, input_gradient) = run_from(place, x, &mut owned, &upstream, op);
+    let is_loss = specs.first().is_some_and(|spec| spec.0 == HEAD);
+    Outcome { output, is_loss, input_gradient, gradients: owned.iter().map(Owned::gradients).collect() }
+}
+
+/// Output, input gradient and weight gradients of `op` on the GPU against the host's on the same numbers, and a second
+/// time on the GPU with the same bits.
+pub fn compare(precision: Precision, name: &str, x: &Tensor, specs: &[Spec], inner: u32, op: Op<'_>) {
+    let place = gpu(precision);
+    let expected = outcome(&Place::host(Precision::Fp32), precision, x, specs, op);
+    let first = outcome(&place, precision, x, specs, op);
+    let second = outcome(&place, precision, x, specs, op);
+    let name = format!("{name} of {:?} {specs:?} in {precision:?}", x.dims());
+    for (((part, got), (_, again)), (_, want)) in
+        first.parts(specs).into_iter().zip(second.parts(specs)).zip(expected.parts(specs))
+    {
+        let what = format!("{name}, {part}");
+        // A loss stays fp32.
+        let rounded = if part == "output" && expected.is_loss { Precision::Fp32 } else { precision };
+        near(&what, got, want, tolerance(rounded, inner));
+        assert_same_bits(&what, got, again);
+    }
+}
+
+pub fn near(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
+    assert_eq!(got.len(), want.len(), "{what}: number of elements");
+    let largest = want.iter().fold(0f64, |most, value| most.max(f64::from(value.abs())));
+    for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
+        let (got, want) = (f64::from(got), f64::from(want));
+        let allowed = tolerance.relative * want.abs() + tolerance.absolute * largest;
+        // Also wrong where one of them is no number.
+        let within = (got - want).abs() <= allowed;
+        assert!(within, "{what}, element {index}: {got} on the GPU, {want} on the host, more than {allowed:e} apart");
+    }
+}
+
+pub fn assert_same_bits(what: &str, first: &[f32], second: &[f32]) {
+    for (index, (first, second)) in first.iter().zip(second).enumerate() {
+        assert!(
+            first.to_bits() == second.to_bits(),
+            "{what}, element {index}: {first:e} in one run and {second:e} in another"
+        );
+    }
+}
+
+/// Token ids below `vocabulary`, in host memory.
+pub fn ids(tokens: usize, vocabulary: usize) -> Tensor {
+    let ids: Vec<u32> = (0..tokens as u64).map(|i| (mix(i ^ 0x5EED) % vocabulary as u64) as u32).collect();
+    Tensor::from_vec(ids, (1, tokens), &Device::Cpu).unwrap()
+}
+
+/// Targets below `classes`, of which every fifth does not count.
+pub fn targets(tokens: usize, classes: usize) -> Tensor {
+    let target = |i: u64| if i % 5 == 3 { -100 } else { (mix(i ^ 0x7A6) % classes as u64) as i64 };
+    Tensor::from_vec((0..tokens as u64).map(target).collect::<Vec<i64>>(), tokens, &Device::Cpu)
+        .and_then(|targets| targets.to_dtype(DType::I64))
+        .unwrap()
+}

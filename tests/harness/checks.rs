@@ -1,0 +1,106 @@
+//! The derivatives of each operation, wherever it runs.
+
+use candle_core::{DType, Device, Tensor};
+use patrickstar::model::ops;
+
+use super::{Op, Owned, Place, check, floats};
+
+pub fn linear(place: &Place) {
+    let new = |name, shape: &[usize]| Owned::new(name, shape, place.precision);
+    for rows_per_tile in [7, 2] {
+        let mut owned = [new("w", &[7, 5]).tiled(rows_per_tile), new("b", &[7])];
+        check(place, "linear", &floats(&[2, 3, 5]), &mut owned, 1e-3, &|x, p, _| ops::linear(x, &p[0], Some(&p[1])));
+    }
+    let mut owned = [new("w", &[7, 5])];
+    check(place, "linear without bias", &floats(&[3, 5]), &mut owned, 1e-3, &|x, p, _| ops::linear(x, &p[0], None));
+}
+
+/// Input and residual are the same tensor, so that its gradient has two parts.
+pub fn linear_add(place: &Place) {
+    let new = |name, shape: &[usize]| Owned::new(name, shape, place.precision);
+    for rows_per_tile in [5, 2] {
+        let mut owned = [new("w", &[5, 5]).tiled(rows_per_tile), new("b", &[5])];
+        let op: Op<'_> = &|x, p, _| ops::linear_add(x, &p[0], Some(&p[1]), x);
+        check(place, "linear_add", &floats(&[2, 3, 5]), &mut owned, 1e-3, op);
+    }
+    let mut owned = [new("w", &[5, 5])];
+    let op: Op<'_> = &|x, p, _| ops::linear_add(x, &p[0], None, x);
+    check(place, "linear_add without bias", &floats(&[3, 5]), &mut owned, 1e-3, op);
+}
+
+pub fn linear_gelu(place: &Place) {
+    let new = |name, shape: &[usize]| Owned::new(name, shape, place.precision);
+    for form in [ops::Gelu::Tanh, ops::Gelu::Erf] {
+        for rows_per_tile in [7, 2] {
+            let mut owned = [new("w", &[7, 5]).tiled(rows_per_tile), new("b", &[7])];
+            let op: Op<'_> = &|x, p, _| ops::linear_gelu(x, &p[0], &p[1], form);
+            check(place, "linear_gelu", &floats(&[2, 3, 5]), &mut owned, 2e-3, op);
+        }
+    }
+}
+
+pub fn layer_norm(place: &Place) {
+    for width in [5, 16, 33] {
+        let mut owned = ["w", "b"].map(|name| Owned::new(name, &[width], place.precision));
+        let op: Op<'_> = &|x, p, _| ops::layer_norm(x, &p[0], &p[1], 1e-5);
+        check(place, "layer norm", &floats(&[2, 3, width]), &mut owned, 2e-3, op);
+    }
+}
+
+pub fn gelu(place: &Place) {
+    let x = (floats(&[64]) * 4.0).unwrap();
+    check(place, "tanh", &x, &mut [], 1e-3, &|x, _, _| ops::gelu_tanh(x));
+    check(place, "erf", &x, &mut [], 1e-3, &|x, _, _| ops::gelu_erf(x));
+}
+
+/// Sizes are (batch, time, heads, elements of a head).
+pub fn attention(place: &Place, sizes: &[[usize; 4]]) {
+    for &[batch, time, heads, head] in sizes {
+        let x = floats(&[batch, time, 3 * heads * head]);
+        check(place, "attention", &x, &mut [], 2e-3, &|x, _, _| ops::causal_attention(x, heads));
+    }
+}
+
+pub fn embeddings(place: &Place) {
+    let ids = Tensor::from_vec(vec![0u32, 3, 3, 9, 1, 3], (2, 3), &Device::Cpu).unwrap();
+    for rows_per_tile in [10, 4] {
+        let mut owned = [Owned::new("table", &[10, 4], place.precision).tiled(rows_per_tile)];
+        check(place, "embedding", &ids, &mut owned, 1e-3, &|ids, p, _| ops::embedding(ids, &p[0]));
+    }
+}
+
+pub fn positions(place: &Place) {
+    for rows_per_tile in [6, 4] {
+        let mut owned = [Owned::new("positions", &[6, 4], place.precision).tiled(rows_per_tile)];
+        let op: Op<'_> = &|x, p, _| ops::positional_embedding(x, &p[0]);
+        check(place, "positions", &floats(&[2, 5, 4]), &mut owned, 1e-3, op);
+    }
+}
+
+pub fn cross_entropy(place: &Place) {
+    let targets = Tensor::from_vec(vec![0i64, 6, -100, 3, 10, 6], (2, 3), &Device::Cpu).unwrap();
+    for rows_per_tile in [11, 4] {
+        let mut owned = [Owned::new("head", &[11, 5], place.precision).tiled(rows_per_tile)];
+        let op: Op<'_> = &|x, p, ctx| ops::linear_cross_entropy(x, &p[0], &targets, ctx);
+        check(place, "cross-entropy", &floats(&[2, 3, 5]), &mut owned, 2e-3, op);
+    }
+}
+
+pub fn dropout(place: &Place) {
+    check(place, "dropout", &floats(&[300]), &mut [], 1e-3, &|x, _, ctx| ops::dropout(x, 0.3, ctx, 4));
+}
+
+/// A tensor added to itself and to its GELU: gradients of several branches meet.
+pub fn add(place: &Place) {
+    let op: Op<'_> = &|x, _, _| ops::add(&ops::add(x, x)?, &ops::gelu_tanh(x)?);
+    check(place, "add", &floats(&[3, 33]), &mut [], 1e-3, op);
+}
+
+pub fn candle(place: &Place) {
+    let op: Op<'_> = &|x, _, _| ops::candle(&[x, x], |inputs| (inputs[0].sqr()? * 0.5)? + inputs[1].tanh()?);
+    check(place, "candle", &floats(&[3, 17]), &mut [], 1e-3, op);
+    // A reduction, whose gradient candle broadcasts.
+    let op: Op<'_> = &|x, _, _| ops::candle(&[x], |inputs| inputs[0].broadcast_mul(&inputs[0].sum_keepdim(1)?));
+    let small = (floats(&[3, 5]) * 0.5).unwrap().to_dtype(DType::F32).unwrap();
+    check(place, "candle with a reduction", &small, &mut [], 2e-3, op);
+}

@@ -5,8 +5,19 @@ use std::time::Duration;
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 
-/// Calls and time of each class of kernels.
-pub type KernelTimes = BTreeMap<&'static str, (u64, Duration)>;
+/// What one class of kernels took.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KernelTime {
+    /// Kernels.
+    pub calls: u64,
+    /// On the device, from the start of each to its end.
+    pub device: Duration,
+    /// What queuing them took the host.
+    pub host: Duration,
+}
+
+/// By class.
+pub type KernelTimes = BTreeMap<&'static str, KernelTime>;
 
 /// The backend of a model's operations.
 #[derive(Clone)]
@@ -56,7 +67,12 @@ impl Compute {
             #[cfg(feature = "cuda")]
             Compute::Cuda(ops) => {
                 let times = ops.gpu().profile().take().map_err(candle_core::Error::wrap)?;
-                Ok(times.into_iter().map(|(class, time)| (class, (time.calls, time.time))).collect())
+                let convert = |time: patrickstar_actors::cuda::ClassTime| KernelTime {
+                    calls: time.calls,
+                    device: time.time,
+                    host: time.host,
+                };
+                Ok(times.into_iter().map(|(class, time)| (class, convert(time))).collect())
             }
         }
     }

@@ -108,6 +108,18 @@ fn outcome(place: &Place, values: Precision, x: &Tensor, specs: &[Spec], op: Op<
 /// Output, input gradient and weight gradients of `op` on the GPU against the host's on the same numbers, and a second
 /// time on the GPU with the same bits.
 pub fn compare(precision: Precision, name: &str, x: &Tensor, specs: &[Spec], inner: u32, op: Op<'_>) {
+    compare_above(precision, name, x, specs, (inner, 0.0), op);
+}
+
+/// As [`compare`], for operations whose rounding is relative to numbers of size `scale` though the result may be smaller.
+pub fn compare_above(
+    precision: Precision,
+    name: &str,
+    x: &Tensor,
+    specs: &[Spec],
+    (inner, scale): (u32, f64),
+    op: Op<'_>,
+) {
     let place = gpu(precision);
     let expected = outcome(&Place::host(Precision::Fp32), precision, x, specs, op);
     let first = outcome(&place, precision, x, specs, op);
@@ -119,14 +131,18 @@ pub fn compare(precision: Precision, name: &str, x: &Tensor, specs: &[Spec], inn
         let what = format!("{name}, {part}");
         // A loss stays fp32.
         let rounded = if part == "output" && expected.is_loss { Precision::Fp32 } else { precision };
-        near(&what, got, want, tolerance(rounded, inner));
+        near_above(&what, got, want, tolerance(rounded, inner), scale);
         assert_same_bits(&what, got, again);
     }
 }
 
 pub fn near(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
+    near_above(what, got, want, tolerance, 0.0);
+}
+
+fn near_above(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance, scale: f64) {
     assert_eq!(got.len(), want.len(), "{what}: number of elements");
-    let largest = want.iter().fold(0f64, |most, value| most.max(f64::from(value.abs())));
+    let largest = want.iter().fold(scale, |most, value| most.max(f64::from(value.abs())));
     for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
         let (got, want) = (f64::from(got), f64::from(want));
         let allowed = tolerance.relative * want.abs() + tolerance.absolute * largest;

@@ -22,7 +22,7 @@ struct Bounds {
 }
 
 /// In fp32 orders of summation differ, nothing else. bf16 rounds every weight to eight bits, a relative error of up to
-/// 2^-9 (on a GPU activations too); through three layers and the norms' divisions a few of these add up.
+/// 2^-8 (on a GPU activations too); through three layers and the norms' divisions a few of these add up.
 fn bounds(precision: Precision) -> Bounds {
     match precision {
         Precision::Fp32 => Bounds { logits: 1e-4, gradients: 1e-3, losses: 1e-4 },

@@ -113,7 +113,10 @@ fn kernel_times(engine: &mut Engine, batch: &Batch) -> Result<Value, Error> {
     let times = engine.compute().take_profile()?;
     Ok(times
         .into_iter()
-        .map(|(class, (calls, time))| (class.to_owned(), json!({"calls": calls, "s": time.as_secs_f64()})))
+        .map(|(class, time)| {
+            let value = json!({"calls": time.calls, "s": time.device.as_secs_f64(), "host_s": time.host.as_secs_f64()});
+            (class.to_owned(), value)
+        })
         .collect::<serde_json::Map<_, _>>()
         .into())
 }

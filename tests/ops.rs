@@ -13,7 +13,7 @@ use patrickstar_actors::types::Precision;
 
 /// Runs a check with either type of weights.
 fn in_both(check: impl Fn(&Place)) {
-    [Precision::Fp32, Precision::Bf16].map(Place::host).iter().for_each(check);
+    [Precision::Fp32, Precision::Bf16, Precision::Fp16].map(Place::host).iter().for_each(check);
 }
 
 #[test]

@@ -7,8 +7,11 @@
 //                uint64_t n, SCALARS
 // adam_bf16      uint16_t* weight, uint16_t* low, float* momentum, float* variance,              any [1]              256
 //                const uint16_t* gradient, uint64_t n, SCALARS
+// adam_fp16      uint16_t* weight, float* master, float* momentum, float* variance,              any [1]              256
+//                const __half* gradient, uint64_t n, SCALARS
 // row_sums_f32   const float* gradient, double* sums, uint64_t rows, uint64_t columns            ceil(rows / 32) [2]  128
 // row_sums_bf16  const uint16_t* gradient, double* sums, uint64_t rows, uint64_t columns         ceil(rows / 32) [2]  128
+// row_sums_fp16  const __half* gradient, double* sums, uint64_t rows, uint64_t columns           ceil(rows / 32) [2]  128
 //
 // SCALARS = float gradient_scale, float shrink, float l2, float lerp, float beta2, float one_minus_beta2,
 //           float sqrt_correction2, float eps, float negative_step_size, int use_l2, int lerp_from_gradient
@@ -19,11 +22,13 @@
 // Every address needs the alignment of its element only. Vector accesses are used where weight, low, momentum and
 // variance become aligned at the same element, as they do in chunks of one group, and where the gradient is aligned too.
 
+#include <cuda_fp16.h>
 #include <stdint.h>
 
 constexpr int BLOCK = 256;
 constexpr int LANES = 4; // consecutive elements of a thread: 16 bytes of fp32, 8 of 16 bits
 constexpr uint32_t QUIET_NAN_HIGH = 0x7fc0;
+constexpr uint16_t FP16_NAN = 0x7e00;
 
 struct Scalars {
     float gradient_scale, shrink, l2, lerp, beta2, one_minus_beta2, sqrt_correction2, eps, negative_step_size;
@@ -45,7 +50,14 @@ __device__ __forceinline__ void update(
 }
 
 __device__ __forceinline__ float widen(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(float value) { return value; }
+
+// The nearest fp16, ties to even; all NaNs become one of either sign.
+__device__ __forceinline__ uint16_t narrow(float value) {
+    const uint16_t sign = uint16_t(__float_as_uint(value) >> 16) & 0x8000;
+    return value != value ? uint16_t(sign | FP16_NAN) : __half_as_ushort(__float2half_rn(value));
+}
 
 // An fp32 weight is its nearest bf16, ties away from zero, and 16 signed low bits; all NaNs become one.
 __device__ __forceinline__ float join(uint16_t weight, uint16_t low) {
@@ -123,6 +135,35 @@ struct WeightBf16 {
     }
 };
 
+// An fp32 weight beside its fp16 rounding, which is written only.
+struct WeightFp16 {
+    using Gradient = __half;
+    uint16_t* weight;
+    float* master;
+
+    __device__ __forceinline__ uint64_t before_quad() const { return elements_before_quad(master); }
+    __device__ __forceinline__ bool aligned_at(uint64_t i) const { return aligned(weight + i) && aligned(master + i); }
+    __device__ __forceinline__ float load(uint64_t i) const { return master[i]; }
+    __device__ __forceinline__ void store(uint64_t i, float value) const {
+        master[i] = value;
+        weight[i] = narrow(value);
+    }
+
+    struct Loaded {
+        Quad<float> master;
+        __device__ __forceinline__ float value(int k) const { return master.lane[k]; }
+        __device__ __forceinline__ void set(int k, float value) { master.lane[k] = value; }
+    };
+    __device__ __forceinline__ Loaded load_quads(uint64_t i) const { return {load_quad(master + i)}; }
+    __device__ __forceinline__ void store_quads(uint64_t i, const Loaded& q) const {
+        store_quad(master + i, q.master);
+        Quad<uint16_t> rounded;
+#pragma unroll
+        for (int k = 0; k < LANES; k++) rounded.lane[k] = narrow(q.master.lane[k]);
+        store_quad(weight + i, rounded);
+    }
+};
+
 template <bool L2, bool FROM_GRADIENT, typename Weight>
 __device__ __forceinline__ void adam(
     const Scalars& s, const Weight& weight, float* momentum, float* variance, const typename Weight::Gradient* gradient,
@@ -194,6 +235,14 @@ extern "C" __global__ void __launch_bounds__(BLOCK) adam_bf16(
     adam_any(scalars, WeightBf16{weight, low}, momentum, variance, gradient, n, use_l2 != 0, lerp_from_gradient != 0);
 }
 
+extern "C" __global__ void __launch_bounds__(BLOCK) adam_fp16(
+    uint16_t* weight, float* master, float* momentum, float* variance, const __half* gradient, uint64_t n,
+    SCALAR_ARGUMENTS
+) {
+    const Scalars scalars = SCALARS;
+    adam_any(scalars, WeightFp16{weight, master}, momentum, variance, gradient, n, use_l2 != 0, lerp_from_gradient != 0);
+}
+
 // Sums of squares: element i of a row belongs to lane i % 16, each lane adds in double in order, and the lanes are added
 // as a tree. Four threads share a row, each with four of its lanes, so eight rows share a warp.
 constexpr int ROW_LANES = 16;
@@ -225,6 +274,23 @@ template <> struct RowQuad<uint16_t> {
         const uint32_t word = k < 2 ? raw.x : raw.y;
         return __uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000);
     }
+};
+
+template <> struct RowQuad<__half> {
+    uint2 raw;
+
+    __device__ __forceinline__ void load(const __half* p) { raw = *reinterpret_cast<const uint2*>(p); }
+    __device__ __forceinline__ void load_elements(const __half* p) {
+        const auto bits = [p](int k) { return uint32_t(__half_as_ushort(p[k])); };
+        raw = make_uint2(bits(0) | bits(1) << 16, bits(2) | bits(3) << 16);
+    }
+    __device__ __forceinline__ float value(int k) const {
+        const uint32_t word = k < 2 ? raw.x : raw.y;
+        return __half2float(__ushort_as_half(uint16_t(k % 2 == 0 ? word : word >> 16)));
+    }
+};
+}
+    __device__ __forceinline__ float value(int k) const { return __half2float(raw.lane[k]); }
 };
 
 template <typename T> __device__ __forceinline__ void add_squares(double (&lanes)[LANES], const RowQuad<T>& quad) {
@@ -310,5 +376,10 @@ extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
 
 extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
     row_sums_bf16(const uint16_t* gradient, double* sums, uint64_t rows, uint64_t columns) {
+    row_sums_any(gradient, sums, rows, columns);
+}
+
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
+    row_sums_fp16(const __half* gradient, double* sums, uint64_t rows, uint64_t columns) {
     row_sums_any(gradient, sums, rows, columns);
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 
-use crate::adam::{PIECE, StepScalars, step_bf16, step_fp32};
+use crate::adam::{PIECE, StepScalars, step_bf16, step_fp16, step_fp32};
 use crate::chunk::{Pass, Tile};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
@@ -44,11 +44,13 @@ impl Optimizer {
         }
         let tier = self.shared.side(message.group);
         let states = GroupStates::lease(&self.shared, message.group, tier)?;
+        // A gradient that overflowed says nothing: the group stays as it is.
+        let Some(scalars) = message.scalars else { return self.finish(message.group, states.lease, 0) };
         let start = self.shared.timeline.now();
         let math = self.shared.math.as_deref().filter(|_| tier == Tier::Device);
         // A device steps a piece in one launch; the host's are small enough to share out.
         let pieces = pieces_of(&self.shared, message.group, if math.is_some() { usize::MAX } else { PIECE });
-        self.step(&states, &pieces, message, math)?;
+        self.step(&states, &pieces, message, &scalars, math)?;
         self.shared
             .timeline
             .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
@@ -61,6 +63,7 @@ impl Optimizer {
         states: &GroupStates,
         pieces: &[Piece],
         message: StepGroup,
+        scalars: &StepScalars,
         math: Option<&dyn DeviceMath>,
     ) -> Result<(), RuntimeError> {
         let index = message.group.0 as usize;
@@ -74,9 +77,9 @@ impl Optimizer {
         let run = |offset: usize, pieces: &[Piece]| {
             let flags = &flags[offset..offset + pieces.len()];
             match math {
-                Some(math) => run_on_device(states, pieces, flags, &message.scalars, math),
+                Some(math) => run_on_device(states, pieces, flags, scalars, math),
                 None => {
-                    self.pool.install(|| run_on_host(states, pieces, flags, &message.scalars));
+                    self.pool.install(|| run_on_host(states, pieces, flags, scalars));
                     Ok(())
                 }
             }
@@ -163,6 +166,7 @@ struct GroupStates {
     weight: *mut u8,
     low: *mut u8,
     gradient: *mut u8,
+    master: Vec<*mut u8>,
     momentum: Vec<*mut u8>,
     variance: Vec<*mut u8>,
 }
@@ -189,6 +193,7 @@ impl GroupStates {
             weight: first(Kind::Weight),
             low: first(Kind::Low),
             gradient: first(Kind::Gradient),
+            master: addresses(Kind::Master),
             momentum: addresses(Kind::Momentum),
             variance: addresses(Kind::Variance),
             lease,
@@ -201,11 +206,14 @@ impl GroupStates {
         let (part, inner) = (piece.start / self.part_elements, piece.start % self.part_elements);
         let size = if self.precision.is_half() { 2 } else { 4 };
         let at = |base: *mut u8| if base.is_null() { base } else { base.wrapping_add(piece.start * size) };
+        let wide =
+            |parts: &[*mut u8]| parts.get(part).map_or(std::ptr::null_mut(), |base| base.wrapping_add(4 * inner));
         StateAddresses {
             weight: at(self.weight),
             low: at(self.low),
-            momentum: self.momentum[part].wrapping_add(4 * inner),
-            variance: self.variance[part].wrapping_add(4 * inner),
+            master: wide(&self.master),
+            momentum: wide(&self.momentum),
+            variance: wide(&self.variance),
             gradient: at(self.gradient),
         }
     }
@@ -228,6 +236,12 @@ impl GroupStates {
                     let low = std::slice::from_raw_parts_mut(at.low.cast::<u16>(), len);
                     let gradient = std::slice::from_raw_parts(at.gradient.cast::<u16>(), len);
                     step_bf16(scalars, decay, weight, low, momentum, variance, gradient);
+                }
+                Precision::Fp16 => {
+                    let weight = std::slice::from_raw_parts_mut(at.weight.cast::<u16>(), len);
+                    let master = std::slice::from_raw_parts_mut(at.master.cast::<f32>(), len);
+                    let gradient = std::slice::from_raw_parts(at.gradient.cast::<u16>(), len);
+                    step_fp16(scalars, decay, weight, master, momentum, variance, gradient);
                 }
             }
         }

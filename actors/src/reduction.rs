@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use crate::adam::{StepScalars, sum_of_squares, sum_of_squares_bf16};
+use crate::adam::{StepScalars, sum_of_squares, sum_of_squares_bf16, sum_of_squares_fp16};
 use crate::chunk::{Pass, Tile};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
+use crate::runtime::StepStart;
 use crate::shared::{Lease, Shared};
 use crate::table::{Access, Requester};
 use crate::timeline::Track;
@@ -19,8 +20,7 @@ use crate::types::{Bytes, GroupId, Kind, Precision, Step, Tier};
 /// A gradient is complete: all uses of the group have been accumulated.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GradientReady {
-    pub step: Step,
-    pub lr: f64,
+    pub step: StepStart,
     pub group: GroupId,
 }
 
@@ -29,7 +29,8 @@ pub(crate) struct GradientReady {
 pub(crate) struct StepGroup {
     pub step: Step,
     pub group: GroupId,
-    pub scalars: StepScalars,
+    /// `None`: the gradients overflowed, so the group is left as it is.
+    pub scalars: Option<StepScalars>,
 }
 
 /// Reduces gradients; see the module's page.
@@ -51,23 +52,32 @@ impl Reduction {
         if self.shared.ledger().partials[index].is_none() {
             let partials = self.measure(message.group)?;
             self.shared.health.fault_point(ActorName::Reduction);
-            if partials.iter().flatten().any(|sum| !sum.is_finite()) {
-                return Err(RuntimeError::NonFinite { group: message.group, step: message.step });
+            let finite = partials.iter().flatten().all(|sum| sum.is_finite());
+            if !finite && !self.scales_loss() {
+                return Err(RuntimeError::NonFinite { group: message.group, step: message.step.step });
             }
-            self.shared.ledger().partials[index] = Some(partials);
+            let mut ledger = self.shared.ledger();
+            ledger.overflow |= !finite;
+            ledger.partials[index] = Some(partials);
         }
         let complete = self.shared.ledger().partials.iter().all(Option::is_some);
+        let loss_scale = f64::from(message.step.loss_scale);
         if complete {
-            self.finish_norm();
+            self.finish_norm(loss_scale);
         }
-        if self.shared.clip_norm == 0.0 {
-            self.hand_over(message, message.group, 1.0)?;
+        if !self.shared.steps_together() {
+            self.hand_over(message, message.group, Some(1.0 / loss_scale))?;
         } else if complete {
-            let norm = self.shared.ledger().norm.unwrap_or(0.0);
-            let scale = (self.shared.clip_norm / (norm + CLIP_EPSILON)).min(1.0);
+            let (norm, overflow) = {
+                let ledger = self.shared.ledger();
+                (ledger.norm.unwrap_or(0.0), ledger.overflow)
+            };
+            let clip = self.shared.clip_norm;
+            let clipped = if clip > 0.0 { (clip / (norm + CLIP_EPSILON)).min(1.0) } else { 1.0 };
+            let scale = (!overflow).then_some(clipped / loss_scale);
             // In forward order: the next forward waits for the first groups first.
             for group in 0..self.shared.layout.group_count() as u32 {
-                self.hand_over(message, GroupId(group), scale as f32)?;
+                self.hand_over(message, GroupId(group), scale)?;
             }
         }
         if complete {
@@ -108,6 +118,11 @@ impl Reduction {
                 let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
                 gradient.par_chunks(columns).map(sum_of_squares_bf16).collect()
             }
+            Precision::Fp16 => {
+                // SAFETY: as above.
+                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
+                gradient.par_chunks(columns).map(sum_of_squares_fp16).collect()
+            }
         })
     }
 
@@ -131,17 +146,23 @@ impl Reduction {
         self.shared.lease(Requester::Reduction, tier, chunks)
     }
 
-    fn finish_norm(&self) {
+    fn scales_loss(&self) -> bool {
+        self.shared.layout.precision().scales_loss()
+    }
+
+    /// Gradients are those of the loss times `loss_scale`.
+    fn finish_norm(&self, loss_scale: f64) {
         let mut ledger = self.shared.ledger();
         // Tensors in definition order, their rows in order: tiles lie in this order within and across groups.
         let sum: f64 = ledger.partials.iter().flatten().flatten().flatten().fold(0.0, |sum, &row| sum + row);
-        ledger.norm = Some(sum.sqrt());
+        ledger.norm = Some(sum.sqrt() / loss_scale);
     }
 
-    fn hand_over(&self, message: GradientReady, group: GroupId, scale: f32) -> Result<(), RuntimeError> {
-        let scalars = StepScalars::new(&self.shared.adam, message.lr, message.step, scale);
+    fn hand_over(&self, message: GradientReady, group: GroupId, scale: Option<f64>) -> Result<(), RuntimeError> {
+        let StepStart { step, update, lr, .. } = message.step;
+        let scalars = scale.map(|scale| StepScalars::new(&self.shared.adam, lr, update, scale as f32));
         self.optimizer
-            .send(StepGroup { step: message.step, group, scalars })
+            .send(StepGroup { step, group, scalars })
             .map_err(|_| RuntimeError::Stopped("the optimizer is gone".into()))
     }
 }

@@ -70,9 +70,35 @@ pub struct Runtime {
     device_peak: Bytes,
 }
 
+/// What a step is done with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepStart {
+    /// Which.
+    pub step: Step,
+    /// The update that it makes, counted without steps whose gradients overflowed: what Adam's corrections depend on.
+    pub update: Step,
+    /// Learning rate.
+    pub lr: f64,
+    /// Gradients are those of the loss times this, a power of two; 1 where the precision needs none.
+    pub loss_scale: f32,
+}
+
+impl StepStart {
+    /// A step of an unscaled loss.
+    pub fn new(step: Step, lr: f64) -> Self {
+        StepStart { step, update: step, lr, loss_scale: 1.0 }
+    }
+}
+
+impl Drop for Runtime {
+    fn drop(&mut self) {
+        // Whoever waits for a chunk would wait for actors that are about to stop.
+        self.shared.fail(RuntimeError::Stopped("it is shutting down".into()));
+    }
+}
+
 struct StepState {
-    step: Step,
-    lr: f64,
+    start: StepStart,
     moment: u32,
     began: Instant,
     before: Stats,
@@ -87,6 +113,8 @@ pub struct StepStats {
     pub elapsed: Duration,
     /// Global norm of the gradient before clipping.
     pub gradient_norm: f64,
+    /// Gradients of the scaled loss overflowed: nothing was updated.
+    pub overflow: bool,
     /// Counters of this step.
     pub stats: Stats,
     /// Device memory: chunks and budget.
@@ -173,7 +201,12 @@ impl Runtime {
                 gradient_uses.len()
             )));
         }
-        let step = StepState { step: Step(0), lr: 0.0, moment: 0, began: Instant::now(), before: Stats::default() };
+        let step = StepState {
+            start: StepStart::new(Step(0), 0.0),
+            moment: 0,
+            began: Instant::now(),
+            before: Stats::default(),
+        };
         let device = config.device;
         Ok(Runtime {
             system,
@@ -214,7 +247,7 @@ impl Runtime {
     }
 
     /// Begins a step: the first one records the trace.
-    pub fn begin_step(&mut self, step: Step, lr: f64) -> Result<(), RuntimeError> {
+    pub fn begin_step(&mut self, start: StepStart) -> Result<(), RuntimeError> {
         self.drain_reduction()?;
         self.shared.check()?;
         if self.shared.plan().is_none() {
@@ -228,7 +261,7 @@ impl Runtime {
             table.now = Moment(0);
         }
         let before = self.shared.lock().stats.clone();
-        self.step = StepState { step, lr, moment: 0, began: Instant::now(), before };
+        self.step = StepState { start, moment: 0, began: Instant::now(), before };
         self.open_ledger();
         Ok(())
     }
@@ -310,14 +343,14 @@ impl Runtime {
                 let state = table.group_mut(group);
                 state.gradient_uses_left = state.gradient_uses_left.saturating_sub(1);
                 if state.gradient_uses_left == 0 {
-                    state.pending_update = Some(self.step.step);
+                    state.pending_update = Some(self.step.start.step);
                     ready.push(group);
                 }
             }
         }
         lease.release(Pass::Backward)?;
         for group in ready {
-            let message = GradientReady { step: self.step.step, lr: self.step.lr, group };
+            let message = GradientReady { step: self.step.start, group };
             self.system
                 .inboxes
                 .reduction
@@ -334,12 +367,16 @@ impl Runtime {
         if let Some(recorder) = self.recorder.take() {
             self.adopt_trace(recorder.finish())?;
         }
-        let gradient_norm = self.shared.ledger().norm.unwrap_or(0.0);
+        let (gradient_norm, overflow) = {
+            let ledger = self.shared.ledger();
+            (ledger.norm.unwrap_or(0.0), ledger.overflow)
+        };
         let stats = self.stats().since(&self.step.before);
         Ok(StepStats {
-            step: self.step.step,
+            step: self.step.start.step,
             elapsed: self.step.began.elapsed(),
             gradient_norm,
+            overflow,
             stats,
             device: self.tier_use(Tier::Device),
             host: self.tier_use(Tier::Host),
@@ -357,12 +394,12 @@ impl Runtime {
 
     fn open_ledger(&self) {
         let groups = self.shared.layout.group_count();
-        *self.shared.ledger() = StepLedger { partials: vec![None; groups], norm: None, finished: false };
+        *self.shared.ledger() = StepLedger { partials: vec![None; groups], ..StepLedger::default() };
     }
 
     /// Waits until every gradient of the step has been measured and every group handed to the optimizer.
     fn drain_reduction(&self) -> Result<(), RuntimeError> {
-        if self.step.step == Step(0) {
+        if self.step.start.step == Step(0) {
             return Ok(());
         }
         self.wait(StallCause::Reduction, |shared, _| shared.ledger().finished)

@@ -41,6 +41,8 @@ pub(crate) struct StepLedger {
     /// Sum of squares per row of each tile, by group; `None` until reduced.
     pub partials: Vec<Option<Vec<Vec<f64>>>>,
     pub norm: Option<f64>,
+    /// A gradient of a scaled loss was not finite: nothing is updated.
+    pub overflow: bool,
     /// Every group has been handed to the optimizer.
     pub finished: bool,
 }
@@ -212,6 +214,11 @@ impl Shared {
             slots.iter().filter_map(|&slot| table.slot_event(tier, slot)).collect()
         };
         events.iter().try_for_each(|event| Ok(event.synchronize()?))
+    }
+
+    /// Whether all gradients must be known before any group is updated: their norm, or that none overflowed.
+    pub fn steps_together(&self) -> bool {
+        self.clip_norm > 0.0 || self.layout.precision().scales_loss()
     }
 
     /// Where a group's update is computed.

@@ -68,6 +68,9 @@ pub enum Precision {
     Fp32,
     /// bf16 weight + 16 low bits + fp32 momentum and variance: 12 bytes, and a 2-byte gradient while it lives.
     Bf16,
+    /// fp16 weight + fp32 master, momentum and variance: 14 bytes, and a 2-byte gradient while it lives. Gradients are those
+    /// of a scaled loss.
+    Fp16,
 }
 
 impl Tier {
@@ -105,6 +108,7 @@ impl Precision {
         match self {
             Precision::Fp32 => &[Kind::Weight, Kind::Momentum, Kind::Variance],
             Precision::Bf16 => &[Kind::Weight, Kind::Low, Kind::Momentum, Kind::Variance],
+            Precision::Fp16 => &[Kind::Weight, Kind::Master, Kind::Momentum, Kind::Variance],
         }
     }
 
@@ -113,6 +117,8 @@ impl Precision {
         match (self, kind) {
             (Precision::Fp32, Kind::Weight | Kind::Gradient) => Some(4),
             (Precision::Bf16, Kind::Weight | Kind::Gradient | Kind::Low) => Some(2),
+            (Precision::Fp16, Kind::Weight | Kind::Gradient) => Some(2),
+            (Precision::Fp16, Kind::Master) => Some(4),
             (_, Kind::Momentum | Kind::Variance) => Some(4),
             (_, Kind::Low | Kind::Master) => None,
         }
@@ -120,10 +126,24 @@ impl Precision {
 
     /// Whether weights and gradients take 16 bits.
     pub fn is_half(self) -> bool {
-        self == Precision::Bf16
+        self != Precision::Fp32
     }
 
-    /// Bytes a parameter occupies across steps (12 in both precisions).
+    /// Whether gradients are small enough to vanish, so that the loss has to be scaled up, and may overflow then.
+    pub fn scales_loss(self) -> bool {
+        self == Precision::Fp16
+    }
+
+    /// The kind that holds the fp32 weight in one piece; `None` where it is split in two.
+    pub fn master(self) -> Option<Kind> {
+        match self {
+            Precision::Fp32 => Some(Kind::Weight),
+            Precision::Bf16 => None,
+            Precision::Fp16 => Some(Kind::Master),
+        }
+    }
+
+    /// Bytes a parameter occupies across steps: 12, or 14 with a master weight.
     pub fn state_bytes(self) -> u64 {
         self.persistent_kinds().iter().filter_map(|&kind| self.element_bytes(kind)).sum::<usize>() as u64
     }

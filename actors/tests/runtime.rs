@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use patrickstar_actors::Placement;
-use patrickstar_actors::adam::AdamConfig;
+use patrickstar_actors::adam::{AdamConfig, narrow_fp16, widen_fp16};
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::health::ActorName;
 use patrickstar_actors::memory::CpuBackend;
 use patrickstar_actors::monitor::NoProbe;
-use patrickstar_actors::runtime::{Runtime, RuntimeConfig};
+use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart, StepStats};
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Direction;
 use patrickstar_actors::timeline::Timeline;
@@ -126,17 +126,23 @@ impl Model {
         for (index, info) in layout.chunks().iter().enumerate().filter(|(_, info)| info.kind != Kind::Gradient) {
             let (chunk, kind) = (ChunkId(index as u32), info.kind);
             let group = info.group;
-            model.runtime.initialise(chunk, |bytes| {
-                if kind == Kind::Weight {
-                    fill(bytes, group, case.precision);
-                }
+            let first = info.part as usize * layout.part_elements();
+            model.runtime.initialise(chunk, |bytes| match kind {
+                Kind::Weight => fill(bytes, group, 0, case.precision),
+                Kind::Master => fill(bytes, group, first, Precision::Fp32),
+                _ => {}
             })?;
         }
         Ok(model)
     }
 
     fn step(&mut self, step: u64) -> Result<(), RuntimeError> {
-        self.runtime.begin_step(Step(step), 1e-2)?;
+        self.run(StepStart::new(Step(step), 1e-2), None).map(drop)
+    }
+
+    /// A step whose fp16 gradients are multiplied by `factor` before they are released for good.
+    fn run(&mut self, start: StepStart, factor: Option<f32>) -> Result<StepStats, RuntimeError> {
+        self.runtime.begin_step(start)?;
         for block in 0..BLOCKS - 1 {
             let request = self.weights(block);
             let lease = self.runtime.access(|| format!("forward {block}"), request)?;
@@ -154,14 +160,19 @@ impl Model {
                     let gradient =
                         lease.address_of(layout.group_chunks(tile.group, Kind::Gradient)[0]).expect("leased");
                     accumulate(self.precision, weight, gradient, tile.offset, elements, block);
+                    // Every tensor's last use is in the first block that has it.
+                    if let Some(factor) = factor.filter(|_| (0..block).all(|earlier| !uses(earlier).contains(&tensor)))
+                    {
+                        multiply_fp16(gradient, tile.offset, elements, factor);
+                    }
                 }
             }
             self.runtime.release_backward(lease)?;
         }
-        self.runtime.end_step()?;
+        let stats = self.runtime.end_step()?;
         let device = self.runtime.tier_use(Tier::Device);
         assert!(device.peak <= device.capacity);
-        Ok(())
+        Ok(stats)
     }
 
     fn weights(&self, block: usize) -> Vec<(ChunkId, Access)> {
@@ -182,8 +193,8 @@ impl Model {
     }
 }
 
-fn fill(bytes: &mut [u8], group: GroupId, precision: Precision) {
-    let value = |index: usize| ((index * 37 + group.0 as usize * 101) % 97) as f32 / 97.0 - 0.5;
+fn fill(bytes: &mut [u8], group: GroupId, first: usize, precision: Precision) {
+    let value = |index: usize| (((first + index) * 37 + group.0 as usize * 101) % 97) as f32 / 97.0 - 0.5;
     match precision {
         Precision::Fp32 => {
             bytes.chunks_exact_mut(4).enumerate().for_each(|(i, out)| out.copy_from_slice(&value(i).to_ne_bytes()))
@@ -192,6 +203,10 @@ fn fill(bytes: &mut [u8], group: GroupId, precision: Precision) {
             .chunks_exact_mut(2)
             .enumerate()
             .for_each(|(i, out)| out.copy_from_slice(&((value(i).to_bits() >> 16) as u16).to_ne_bytes())),
+        Precision::Fp16 => bytes
+            .chunks_exact_mut(2)
+            .enumerate()
+            .for_each(|(i, out)| out.copy_from_slice(&narrow_fp16(value(i)).to_ne_bytes())),
     }
 }
 
@@ -209,7 +224,22 @@ fn accumulate(precision: Precision, weight: *mut u8, gradient: *mut u8, offset: 
                     let sum = widen(*target) + slope(widen(*weight.cast::<u16>().add(i)), i);
                     *target = (sum.to_bits() >> 16) as u16;
                 }
+                Precision::Fp16 => {
+                    let target = gradient.cast::<u16>().add(i);
+                    let sum = widen_fp16(*target) + slope(widen_fp16(*weight.cast::<u16>().add(i)), i);
+                    *target = narrow_fp16(sum);
+                }
             }
+        }
+    }
+}
+
+fn multiply_fp16(gradient: *mut u8, offset: usize, elements: usize, factor: f32) {
+    for i in offset..offset + elements {
+        // SAFETY: the caller's lease covers `elements` from `offset`.
+        unsafe {
+            let target = gradient.cast::<u16>().add(i);
+            *target = narrow_fp16(widen_fp16(*target) * factor);
         }
     }
 }
@@ -233,7 +263,7 @@ fn train(case: &Case) -> Vec<u8> {
 
 #[test]
 fn states_are_the_same_bits_whatever_the_budget_policy_and_side() {
-    for precision in [Precision::Fp32, Precision::Bf16] {
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         for clip_norm in [0.0, 1.0] {
             let reference = train(&Case::resident(precision, clip_norm));
             for placement in [Placement::Host, Placement::Device, Placement::Hybrid] {
@@ -253,7 +283,7 @@ fn states_are_the_same_bits_whatever_the_budget_policy_and_side() {
 
 #[test]
 fn states_are_the_same_bits_from_disk() {
-    for precision in [Precision::Fp32, Precision::Bf16] {
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         let resident = Case::resident(precision, 1.0);
         let reference = train(&resident);
         let case = Case { device_slots: 9, host_slots: 14, disk_slots: 100, ..resident };
@@ -278,6 +308,28 @@ fn every_actor_may_die_in_the_middle_of_its_work() {
         model.step(step).expect("step");
     }
     assert!(model.states().expect("states") == reference, "monitor");
+}
+
+#[test]
+fn a_step_whose_gradients_overflow_updates_nothing_and_the_next_one_goes_on() {
+    let case = Case::resident(Precision::Fp16, 1.0);
+    let (mut model, mut undisturbed) = (Model::new(&case).expect("start"), Model::new(&case).expect("start"));
+    let start = |step, update, loss_scale| StepStart { step: Step(step), update: Step(update), lr: 1e-2, loss_scale };
+    model.step(1).expect("step 1");
+    undisturbed.step(1).expect("step 1");
+    let before = model.states().expect("states");
+    let overflowed = model.run(start(2, 2, 1.0), Some(f32::INFINITY)).expect("step 2");
+    assert!(overflowed.overflow && !overflowed.gradient_norm.is_finite());
+    assert_eq!(overflowed.stats.stepped_on_host + overflowed.stats.stepped_on_device, 0);
+    assert!(model.states().expect("states") == before, "an overflow changed states");
+    let next = model.run(start(3, 2, 1.0), None).expect("step 3");
+    assert!(!next.overflow);
+    undisturbed.step(2).expect("step 2");
+    assert!(model.states().expect("states") == undisturbed.states().expect("states"));
+    // Gradients of a loss times two, divided by two: the same update, since nothing rounds differently.
+    let mut scaled = Model::new(&case).expect("start");
+    scaled.run(start(1, 1, 2.0), Some(2.0)).expect("scaled step");
+    assert!(scaled.states().expect("states") == before);
 }
 
 #[test]
@@ -314,4 +366,20 @@ fn prefetched_weights_are_there_when_asked_for() {
     let stats = model.runtime.stats();
     assert!(stats.prefetch_useful > 0, "{stats:?}");
     assert!(stats.moves[Direction::HostToDevice as usize] > 0);
+}
+
+#[test]
+fn a_runtime_may_be_dropped_while_updates_wait_for_chunks() {
+    let (done, dropped) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for placement in [Placement::Device, Placement::Host].into_iter().cycle().take(60) {
+            // No slot to spare: updates wait for moves when the model goes away.
+            let case = Case { device_slots: 10, placement, ..Case::resident(Precision::Fp32, 1.0) };
+            let mut model = Model::new(&case).expect("start");
+            model.step(1).expect("step");
+            drop(model);
+        }
+        done.send(()).expect("the test waits");
+    });
+    dropped.recv_timeout(Duration::from_secs(120)).expect("a runtime did not go down");
 }

@@ -12,6 +12,7 @@ mod writer;
 
 use std::path::PathBuf;
 
+use crate::train::loss_scale::LossScale;
 use patrickstar_actors::types::{Precision, Step};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
@@ -47,6 +48,9 @@ pub struct CheckpointMeta {
     pub model: serde_json::Value,
     /// The last losses.
     pub loss_history_tail: Vec<(u64, f64)>,
+    /// Scale of the loss and what it depends on; absent in checkpoints from before there was one.
+    #[serde(default)]
+    pub loss_scale: Option<LossScale>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]

@@ -64,6 +64,7 @@ fn meta(step: u64) -> CheckpointMeta {
         precision: Precision::Fp32,
         tokenizer: "bytes".into(),
         model: serde_json::Value::Null,
+        loss_scale: None,
         loss_history_tail: vec![(1, 2.5)],
     }
 }

@@ -186,7 +186,7 @@ pub enum BenchCommand {
     Golden {
         /// Directory of the results.
         dir: PathBuf,
-        /// How weights are stored: fp32, or bf16 with the bounds that eight bits allow.
+        /// How weights are stored: fp32, or in 16 bits with the bounds that they allow.
         #[arg(long, value_enum, default_value = "fp32")]
         precision: GoldenPrecision,
     },
@@ -199,6 +199,8 @@ pub enum GoldenPrecision {
     Fp32,
     /// bf16 weights and gradients.
     Bf16,
+    /// fp16 weights and gradients of a scaled loss.
+    Fp16,
 }
 
 /// Arguments of `generate`.

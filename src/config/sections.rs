@@ -30,8 +30,8 @@ pub struct Model {
     pub dropout: f64,
     /// Whether the output head shares the weights of the embedding.
     pub tied: bool,
-    /// How parameters are stored: "fp32" or "bf16"; both step an exact fp32 weight.
-    #[schemars(with = "String", extend("enum" = ["fp32", "bf16"]))]
+    /// How parameters are stored: "fp32", "bf16" or "fp16" (with a scaled loss); all step an exact fp32 weight.
+    #[schemars(with = "String", extend("enum" = ["fp32", "bf16", "fp16"]))]
     pub precision: Precision,
 }
 

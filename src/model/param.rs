@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, bail};
-use half::bf16;
+use half::{bf16, f16};
 use patrickstar_actors::types::Precision;
 
 /// Rows of a parameter that lie in one chunk.
@@ -51,6 +51,8 @@ pub enum WeightSlice<'a> {
     F32(&'a [f32]),
     /// bf16 weights.
     Bf16(&'a [bf16]),
+    /// fp16 weights.
+    F16(&'a [f16]),
 }
 
 /// Gradient elements of one tile, to be accumulated into.
@@ -60,6 +62,8 @@ pub enum GradientSlice<'a> {
     F32(&'a mut [f32]),
     /// bf16 gradients: add in f32, round once.
     Bf16(&'a mut [bf16]),
+    /// fp16 gradients, likewise.
+    F16(&'a mut [f16]),
 }
 
 impl Param {
@@ -130,6 +134,7 @@ impl Param {
             match self.precision() {
                 Precision::Fp32 => WeightSlice::F32(std::slice::from_raw_parts(tile.weight.cast(), elements)),
                 Precision::Bf16 => WeightSlice::Bf16(std::slice::from_raw_parts(tile.weight.cast(), elements)),
+                Precision::Fp16 => WeightSlice::F16(std::slice::from_raw_parts(tile.weight.cast(), elements)),
             }
         })
     }
@@ -148,6 +153,7 @@ impl Param {
             match self.precision() {
                 Precision::Fp32 => GradientSlice::F32(std::slice::from_raw_parts_mut(tile.gradient.cast(), elements)),
                 Precision::Bf16 => GradientSlice::Bf16(std::slice::from_raw_parts_mut(tile.gradient.cast(), elements)),
+                Precision::Fp16 => GradientSlice::F16(std::slice::from_raw_parts_mut(tile.gradient.cast(), elements)),
             }
         }))
     }

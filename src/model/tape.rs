@@ -24,6 +24,8 @@ pub struct Tape {
 struct Inner {
     compute: Compute,
     recording: bool,
+    /// Gradients are those of the loss times this.
+    loss_scale: f32,
     /// `None` for inputs, whose gradients are what the tape is for.
     nodes: RefCell<Vec<Option<Backward>>>,
 }
@@ -58,16 +60,27 @@ pub struct Gradients {
 impl Tape {
     /// A tape that forgets: for passes without a backward.
     pub fn forgetting(compute: &Compute) -> Self {
-        Self::new(compute, false)
+        Self::new(compute, false, 1.0)
     }
 
     /// A tape that records.
     pub fn recording(compute: &Compute) -> Self {
-        Self::new(compute, true)
+        Self::scaled(compute, 1.0)
     }
 
-    fn new(compute: &Compute, recording: bool) -> Self {
-        Tape { inner: Rc::new(Inner { compute: compute.clone(), recording, nodes: RefCell::default() }) }
+    /// A tape whose gradients are those of the loss times `loss_scale`, so that they do not vanish in 16 bits.
+    pub fn scaled(compute: &Compute, loss_scale: f32) -> Self {
+        Self::new(compute, true, loss_scale)
+    }
+
+    fn new(compute: &Compute, recording: bool, loss_scale: f32) -> Self {
+        let inner = Inner { compute: compute.clone(), recording, loss_scale, nodes: RefCell::default() };
+        Tape { inner: Rc::new(inner) }
+    }
+
+    /// What the loss is multiplied with before gradients are taken.
+    pub fn loss_scale(&self) -> f32 {
+        self.inner.loss_scale
     }
 
     /// Where its operations are computed.
@@ -146,7 +159,7 @@ impl Tape {
         };
         let seed = match upstream {
             Some(gradient) => gradient,
-            None => Tensor::ones(&output.shape, DType::F32, &Device::Cpu)?,
+            None => Tensor::full(self.inner.loss_scale, &output.shape, &Device::Cpu)?,
         };
         let mut nodes = std::mem::take(&mut *self.inner.nodes.borrow_mut());
         let mut gradients =

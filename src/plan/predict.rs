@@ -66,10 +66,12 @@ impl Plan {
             peak_by_kind: Vec::new(),
             non_model: Bytes(0),
         });
-        // Adam reads weight, momentum, variance and gradient and writes the first three.
+        // Adam reads weight, momentum, variance and gradient and writes the first three; with a master weight, that is read
+        // and written, and the 16-bit one written.
         let element = match layout.precision() {
             Precision::Fp32 => 28,
             Precision::Bf16 => 26,
+            Precision::Fp16 => 28,
         };
         let host_share = 1.0 - f64::from(self.device_groups) / groups.max(1) as f64;
         self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);

@@ -5,12 +5,13 @@ use std::time::Duration;
 
 use candle_core::Tensor;
 use patrickstar_actors::Lease;
-use patrickstar_actors::runtime::{Runtime, StepStats};
+use patrickstar_actors::runtime::{Runtime, StepStart, StepStats};
 use patrickstar_actors::timeline::{Timeline, Track};
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Precision, Step, TensorId};
 use serde::Serialize;
 
 use super::device::Device;
+use super::loss_scale::LossScale;
 use super::lr::learning_rate;
 use super::program::Program;
 use super::states;
@@ -91,6 +92,7 @@ pub struct Engine {
     config: Config,
     plan: Plan,
     step: Step,
+    loss_scale: LossScale,
     hooks: Vec<Hook>,
 }
 
@@ -162,6 +164,7 @@ impl Engine {
             config,
             plan,
             step: Step(0),
+            loss_scale: LossScale::new(precision),
             hooks: Vec::new(),
         })
     }
@@ -180,6 +183,13 @@ impl Engine {
         alloc::track_this_thread(false);
         let (loss, host, stats) = outcome?;
         self.step = step;
+        let Some(loss_scale) = self.loss_scale.after(self.precision(), stats.overflow) else {
+            return Err(Error::Failed(format!(
+                "gradients of step {} overflow fp16 although the loss is not scaled up any more: lower train.lr, or set model.precision = \"bf16\"",
+                step.0
+            )));
+        };
+        self.loss_scale = loss_scale;
         let report = StepReport { loss, learning_rate, host, stats };
         for hook in &mut self.hooks {
             hook(&report);
@@ -189,7 +199,8 @@ impl Engine {
 
     fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, Duration, StepStats), Error> {
         let began = thread_time();
-        self.runtime.begin_step(step, lr)?;
+        let update = Step(self.loss_scale.updates.0 + 1);
+        self.runtime.begin_step(StepStart { step, update, lr, loss_scale: self.loss_scale.scale })?;
         let boundaries = self.forward(batch, step)?;
         let losses = self.backward(batch, step, boundaries)?;
         let host = thread_time().saturating_sub(began);
@@ -234,7 +245,11 @@ impl Engine {
     ) -> Result<Pass, Error> {
         let mut context = self.context(batch, step, block, micro);
         context.targets = (block + 1 == self.blocks.len()).then(|| batch.micro[micro].targets.clone());
-        let tape = if recording { Tape::recording(&self.compute) } else { Tape::forgetting(&self.compute) };
+        let tape = if recording {
+            Tape::scaled(&self.compute, self.loss_scale.scale)
+        } else {
+            Tape::forgetting(&self.compute)
+        };
         // Token ids have no gradient.
         let input = if recording && input.dtype().is_float() { tape.input(input) } else { tape.constant(input) };
         let output = self.blocks[block].forward(&input, &self.params[block], &context)?;
@@ -374,8 +389,14 @@ impl Engine {
         self.step
     }
 
-    pub(crate) fn set_step(&mut self, step: Step) {
+    /// Scale of the loss, and the updates made so far.
+    pub fn loss_scale(&self) -> LossScale {
+        self.loss_scale
+    }
+
+    pub(super) fn set_step(&mut self, step: Step, loss_scale: Option<LossScale>) {
         self.step = step;
+        self.loss_scale = loss_scale.unwrap_or(LossScale::unscaled(step));
     }
 
     /// Waits until every update is applied.

@@ -2,6 +2,7 @@
 
 pub(crate) mod device;
 pub mod engine;
+pub mod loss_scale;
 pub mod lr;
 pub mod model;
 pub mod program;

@@ -49,6 +49,7 @@ impl Engine {
             tokenizer: self.config().data.tokenizer.clone(),
             model: serde_json::Value::Null,
             loss_history_tail: Vec::new(),
+            loss_scale: Some(self.loss_scale()),
         })
     }
 
@@ -73,10 +74,11 @@ impl Engine {
         Ok(Saving { thread })
     }
 
-    /// With clipping the next step updates groups in forward order, without in backward order.
+    /// Where all gradients are known first, the next step updates groups in forward order, else in backward order.
     fn save_order(&self) -> Vec<GroupId> {
         let groups = (0..self.runtime().layout().group_count() as u32).map(GroupId);
-        if self.config().train.clip_norm > 0.0 { groups.collect() } else { groups.rev().collect() }
+        let together = self.config().train.clip_norm > 0.0 || self.precision().scales_loss();
+        if together { groups.collect() } else { groups.rev().collect() }
     }
 
     /// Fills the engine with a checkpoint's states.
@@ -97,7 +99,7 @@ impl Engine {
                 self.restore_kind(checkpoint, group, kind)?;
             }
         }
-        self.set_step(meta.step);
+        self.set_step(meta.step, meta.loss_scale);
         Ok(())
     }
 
@@ -191,6 +193,7 @@ fn write_group(
 fn dtype(kind: Kind, precision: Precision) -> Dtype {
     match (kind, precision) {
         (Kind::Weight, Precision::Bf16) => Dtype::BF16,
+        (Kind::Weight, Precision::Fp16) => Dtype::F16,
         (Kind::Low, _) => Dtype::I16,
         _ => Dtype::F32,
     }

@@ -197,6 +197,13 @@ impl Session {
                 report.loss, report.stats.step.0
             )));
         }
+        if report.stats.overflow {
+            observer.message(&format!(
+                "step {}: gradients overflowed fp16, nothing was updated; the loss is scaled by {} from now on",
+                report.stats.step.0,
+                self.engine.loss_scale().scale
+            ));
+        }
         self.note(&report, began.elapsed().as_secs_f64(), tokens.input.len() as u64, observer)?;
         self.reap_saving()
     }

@@ -1,6 +1,6 @@
 //! Filling and reading the chunks of a model: initial values, foreign weights, single parameters.
 
-use patrickstar_actors::adam::{join, split_f32};
+use patrickstar_actors::adam::{join, narrow_fp16, split_f32};
 use patrickstar_actors::chunk::Tile;
 use patrickstar_actors::runtime::Runtime;
 use patrickstar_actors::types::{GroupId, Kind, Precision};
@@ -44,7 +44,8 @@ pub(crate) fn initialise_from(
         }
         for &kind in layout.precision().persistent_kinds() {
             for &chunk in layout.group_chunks(group, kind) {
-                runtime.initialise(chunk, |bytes| encode(kind, layout.precision(), &values, bytes))?;
+                let first = layout.chunk(chunk).part as usize * layout.part_elements();
+                runtime.initialise(chunk, |bytes| encode(kind, layout.precision(), &values[first..], bytes))?;
             }
         }
     }
@@ -58,6 +59,16 @@ fn encode(kind: Kind, precision: Precision, values: &[f32], bytes: &mut [u8]) {
         (Kind::Weight, Precision::Bf16) => {
             for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
                 out.copy_from_slice(&split_f32(value).0.to_ne_bytes());
+            }
+        }
+        (Kind::Weight, Precision::Fp16) => {
+            for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
+                out.copy_from_slice(&narrow_fp16(value).to_ne_bytes());
+            }
+        }
+        (Kind::Master, _) => {
+            for (out, &value) in bytes.chunks_exact_mut(4).zip(values) {
+                out.copy_from_slice(&value.to_ne_bytes());
             }
         }
         (Kind::Low, _) => {
@@ -83,6 +94,8 @@ pub(crate) fn read_parameter(runtime: &Runtime, name: &str, kind: Kind) -> Resul
 
 fn read_tile(runtime: &Runtime, tile: &Tile, columns: usize, kind: Kind, out: &mut Vec<f32>) -> Result<(), Error> {
     let layout = runtime.layout();
+    // The whole weight is the master where there is one.
+    let kind = if kind == Kind::Weight { layout.precision().master().unwrap_or(kind) } else { kind };
     let split = kind == Kind::Weight && layout.precision() == Precision::Bf16;
     let mut chunks = layout.group_chunks(tile.group, kind).to_vec();
     if split {

@@ -98,6 +98,7 @@ const LOW: u32 = 1;
 const MOMENTUM: u32 = 2;
 const VARIANCE: u32 = 3;
 const GRADIENT: u32 = 4;
+const MASTER: u32 = 5;
 
 fn same(what: &str, step: u64, host: &[u32], device: &[u32], is_nan: impl Fn(u32) -> bool) {
     for (index, (host, device)) in host.iter().zip(device).enumerate() {
@@ -116,14 +117,21 @@ fn same_halves(what: &str, step: u64, host: &[u16], device: &[u16]) {
     same(what, step, &wide(host), &wide(device), |_| false);
 }
 
+/// The sign of a NaN is free as well.
+fn same_fp16(what: &str, step: u64, host: &[u16], device: &[u16]) {
+    let wide = |values: &[u16]| values.iter().map(|&value| u32::from(value)).collect::<Vec<u32>>();
+    same(what, step, &wide(host), &wide(device), |bits| bits & 0x7fff > 0x7c00);
+}
+
 /// Steps host and device side by side.
 fn walk(precision: Precision, config: &AdamConfig, decay: bool, gradient_scale: f32) {
     let math = backend().math().unwrap().expect("a GPU has arithmetic of its own");
-    let mut memory = Memory::new(5, 4 * ELEMENTS);
+    let mut memory = Memory::new(6, 4 * ELEMENTS);
     let mut host = States::new();
     match precision {
         Precision::Fp32 => memory.upload(WEIGHT, &host.weight),
         Precision::Bf16 => memory.upload(WEIGHT, &host.high),
+        Precision::Fp16 => memory.upload(MASTER, &host.weight),
     }
     memory.upload(LOW, &host.low);
     memory.upload(MOMENTUM, &host.momentum);
@@ -131,6 +139,7 @@ fn walk(precision: Precision, config: &AdamConfig, decay: bool, gradient_scale: 
     let states = StateAddresses {
         weight: memory.address(WEIGHT),
         low: if precision == Precision::Bf16 { memory.address(LOW) } else { std::ptr::null_mut() },
+        master: if precision == Precision::Fp16 { memory.address(MASTER) } else { std::ptr::null_mut() },
         momentum: memory.address(MOMENTUM),
         variance: memory.address(VARIANCE),
         gradient: memory.address(GRADIENT),
@@ -149,6 +158,11 @@ fn walk(precision: Precision, config: &AdamConfig, decay: bool, gradient_scale: 
                 memory.upload(GRADIENT, &narrow);
                 adam::step_bf16(&scalars, decay, &mut host.high, &mut host.low, m, v, &narrow);
             }
+            Precision::Fp16 => {
+                let narrow: Vec<u16> = wide.iter().map(|&value| adam::narrow_fp16(value)).collect();
+                memory.upload(GRADIENT, &narrow);
+                adam::step_fp16(&scalars, decay, &mut host.high, &mut host.weight, m, v, &narrow);
+            }
         }
         // SAFETY: slots with room for the elements, which nobody else uses.
         unsafe { math.step(precision, &scalars, decay, states, ELEMENTS) }.unwrap();
@@ -163,6 +177,10 @@ fn walk(precision: Precision, config: &AdamConfig, decay: bool, gradient_scale: 
             Precision::Bf16 => {
                 same_halves("weight", step, &host.high, &memory.download(WEIGHT, ELEMENTS));
                 same_halves("low half", step, &host.low, &memory.download(LOW, ELEMENTS));
+            }
+            Precision::Fp16 => {
+                same_floats("master", step, &host.weight, &memory.download(MASTER, ELEMENTS));
+                same_fp16("weight", step, &host.high, &memory.download(WEIGHT, ELEMENTS));
             }
         }
     }
@@ -213,6 +231,7 @@ fn a_step_writes_its_elements_only() {
         let states = StateAddresses {
             weight: memory.address(WEIGHT),
             low: memory.address(LOW),
+            master: std::ptr::null_mut(),
             momentum: memory.address(MOMENTUM),
             variance: memory.address(VARIANCE),
             gradient: memory.address(GRADIENT),
@@ -245,6 +264,11 @@ fn row_sums(math: &dyn DeviceMath, precision: Precision, [rows, columns]: [usize
         Precision::Bf16 => {
             memory.upload(0, &narrow);
             narrow.chunks(columns).map(adam::sum_of_squares_bf16).collect()
+        }
+        Precision::Fp16 => {
+            let narrow: Vec<u16> = values.iter().map(|&value| adam::narrow_fp16(value)).collect();
+            memory.upload(0, &narrow);
+            narrow.chunks(columns).map(adam::sum_of_squares_fp16).collect()
         }
     };
     // SAFETY: the slot holds that many elements.

@@ -1,7 +1,7 @@
 //! An operation on the GPU beside the host's, which computes in fp32.
 
 use candle_core::{DType, Device, Tensor};
-use half::bf16;
+use half::{bf16, f16};
 use patrickstar_actors::types::Precision;
 
 use crate::gpu;
@@ -21,11 +21,12 @@ pub struct Tolerance {
 /// units in the last place off: 1e-5 of the largest.
 ///
 /// bf16 has eight bits, so a result is off by at most 2^-8 of itself where the GPU computes in fp32 and rounds once, and
-/// by `inner` times 2^-8 of the largest where terms of it were rounded before.
+/// by `inner` times 2^-8 of the largest where terms of it were rounded before. fp16 has eleven.
 pub fn tolerance(precision: Precision, inner: u32) -> Tolerance {
     match precision {
         Precision::Fp32 => Tolerance { relative: 1e-5, absolute: 1e-5 },
         Precision::Bf16 => Tolerance { relative: 1.0 / 256.0 + 1e-5, absolute: f64::from(inner) / 256.0 + 1e-5 },
+        Precision::Fp16 => Tolerance { relative: 1.0 / 2048.0 + 1e-5, absolute: f64::from(inner) / 2048.0 + 1e-5 },
     }
 }
 
@@ -62,8 +63,10 @@ pub fn mix(index: u64) -> u64 {
 /// As `noise`, of numbers that `precision` has.
 pub fn representable(precision: Precision, name: &str, elements: usize) -> Vec<f32> {
     let mut values = noise(name, elements);
-    if precision == Precision::Bf16 {
-        values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+    match precision {
+        Precision::Fp32 => {}
+        Precision::Bf16 => values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32()),
+        Precision::Fp16 => values.iter_mut().for_each(|value| *value = f16::from_f32(*value).to_f32()),
     }
     values
 }

@@ -25,7 +25,7 @@ use patrickstar::model::compute::Compute;
 use patrickstar::model::cuda::CudaOps;
 use patrickstar_actors::types::Precision;
 
-const PRECISIONS: [Precision; 2] = [Precision::Fp32, Precision::Bf16];
+const PRECISIONS: [Precision; 3] = [Precision::Fp32, Precision::Bf16, Precision::Fp16];
 
 /// The first GPU, or the end of the program.
 fn ops() -> Arc<CudaOps> {

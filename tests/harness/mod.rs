@@ -6,7 +6,7 @@
 pub mod checks;
 
 use candle_core::{DType, Device, Result, Tensor};
-use half::bf16;
+use half::{bf16, f16};
 use patrickstar::model::compute::Compute;
 use patrickstar::model::param::{Param, ParamTile};
 use patrickstar::model::tape::{Activation, Tape};
@@ -82,6 +82,7 @@ fn stored(precision: Precision) -> DType {
     match precision {
         Precision::Fp32 => DType::F32,
         Precision::Bf16 => DType::BF16,
+        Precision::Fp16 => DType::F16,
     }
 }
 
@@ -112,6 +113,7 @@ impl Owned {
         match self.precision {
             Precision::Fp32 => f32::from_bits(words[i]),
             Precision::Bf16 => bytemuck::cast_slice::<u32, bf16>(words)[i].to_f32(),
+            Precision::Fp16 => bytemuck::cast_slice::<u32, f16>(words)[i].to_f32(),
         }
     }
 
@@ -119,6 +121,7 @@ impl Owned {
         match precision {
             Precision::Fp32 => words[i] = value.to_bits(),
             Precision::Bf16 => bytemuck::cast_slice_mut::<u32, bf16>(words)[i] = bf16::from_f32(value),
+            Precision::Fp16 => bytemuck::cast_slice_mut::<u32, f16>(words)[i] = f16::from_f32(value),
         }
     }
 
@@ -339,8 +342,8 @@ pub fn check(place: &Place, name: &str, x: &Tensor, owned: &mut [Owned], toleran
         // The weights that bf16 has are far apart, and its gradients have eight bits.
         let (delta, within) = match (precision, narrow) {
             (Precision::Fp32, _) => (STEP, tolerance),
-            (Precision::Bf16, false) => (0.05, 2e-2),
-            (Precision::Bf16, true) => (BF16_STEP, BF16_TOLERANCE),
+            (Precision::Bf16 | Precision::Fp16, false) => (0.05, 2e-2),
+            (Precision::Bf16 | Precision::Fp16, true) => (BF16_STEP, BF16_TOLERANCE),
         };
         for (i, &analytic) in gradient.iter().enumerate() {
             let original = owned[which].read(&owned[which].weight, i);

@@ -1,5 +1,6 @@
 //! Sums of squares whose order of additions is fixed, so that a norm has the same bits wherever it is taken.
 
+use super::fp16::widen_fp16;
 use super::update::Isa;
 
 /// Partial sums; element `i` belongs to lane `i % LANES` on every instruction set.
@@ -16,6 +17,11 @@ pub fn sum_of_squares(row: &[f32]) -> f64 {
 /// [`sum_of_squares`] of bf16 values given as bits.
 pub fn sum_of_squares_bf16(row: &[u16]) -> f64 {
     dispatch(Isa::detect(), row, |bits| f64::from(f32::from_bits(u32::from(bits) << 16)))
+}
+
+/// [`sum_of_squares`] of fp16 values given as bits.
+pub fn sum_of_squares_fp16(row: &[u16]) -> f64 {
+    dispatch(Isa::detect(), row, |bits| f64::from(widen_fp16(bits)))
 }
 
 fn dispatch<T: Copy>(isa: Isa, row: &[T], widen: impl Fn(T) -> f64 + Copy) -> f64 {
@@ -94,5 +100,7 @@ mod tests {
         assert!(!sum_of_squares(&row).is_finite());
         assert!(!sum_of_squares_bf16(&[0x3f80, 0x7f80]).is_finite());
         assert_eq!(sum_of_squares_bf16(&[0x4040; 33]), 33.0 * 9.0);
+        assert_eq!(sum_of_squares_fp16(&[0x4200; 33]), 33.0 * 9.0);
+        assert!(!sum_of_squares_fp16(&[0x3c00, 0x7c00]).is_finite());
     }
 }

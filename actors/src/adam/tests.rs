@@ -139,6 +139,32 @@ fn split_weights_agree_on_wild_data() {
 }
 
 #[test]
+fn fp16_has_the_bits_of_fp32_and_rounds_the_weight() {
+    let mut random = Random(23);
+    for (config, decay) in configs() {
+        for len in [0, 1, 15, 16, 33, 67] {
+            let g: Vec<u16> = (0..len).map(|_| random.bits() as u16).collect();
+            let states: Fp32 = std::array::from_fn(|_| (0..len).map(|_| random.wild()).collect());
+            let s = StepScalars::new(&config, 1e-3, Step(9), 1.0 / 1024.0);
+            let wide: Vec<f32> = g.iter().map(|&bits| half::f16::from_bits(bits).to_f32()).collect();
+            let mut expected = states.clone();
+            one_by_one(&s, decay, &mut expected, &wide);
+            for isa in Isa::available() {
+                let ([mut master, mut m, mut v], mut weight) = (states.clone(), vec![0; len]);
+                step_fp16_with(isa, &s, decay, &mut weight, &mut master, &mut m, &mut v, &g);
+                for (got, want) in [&master, &m, &v].into_iter().zip(&expected) {
+                    assert!(got.iter().zip(want).all(|(a, b)| same(*a, *b)), "{isa:?}");
+                }
+                for (weight, master) in weight.iter().zip(&master) {
+                    let rounded = half::f16::from_f32(*master);
+                    assert!(rounded.is_nan() || rounded.to_bits() == *weight, "{isa:?}: {master}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn ten_steps_agree_with_the_formulas_in_f64() {
     for (config, decay) in configs() {
         let mut random = Random(5);

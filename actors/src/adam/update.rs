@@ -4,6 +4,7 @@
 //! operations, so there is no second version of the arithmetic that could drift from the first. Every line written was
 //! read just before and is in cache: non-temporal stores would only add traffic.
 
+use super::fp16::{narrow_fp16, widen_fp16};
 use super::scalars::StepScalars;
 use super::split::{join, split_f32};
 
@@ -107,6 +108,21 @@ fn bf16_loop<const L2: bool, const FROM_GRADIENT: bool>(
     }
 }
 
+#[inline(always)]
+fn fp16_loop<const L2: bool, const FROM_GRADIENT: bool>(
+    s: StepScalars,
+    weight: &mut [u16],
+    master: &mut [f32],
+    m: &mut [f32],
+    v: &mut [f32],
+    g: &[u16],
+) {
+    for ((((weight, master), m), v), g) in weight.iter_mut().zip(master).zip(m).zip(v).zip(g) {
+        (*master, *m, *v) = update::<L2, FROM_GRADIENT>(&s, *master, *m, *v, widen_fp16(*g));
+        *weight = narrow_fp16(*master);
+    }
+}
+
 /// Chooses the loop once a call, not once an element. Without decay neither term may touch a bit, so `shrink` becomes
 /// one and Adam's term is left out: adding zero would turn a negative zero into a positive one.
 macro_rules! body {
@@ -128,6 +144,8 @@ macro_rules! body {
 body!(fp32_body = fp32_loop(w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]));
 body!(bf16_body = bf16_loop(high: &mut [u16], low: &mut [u16], m: &mut [f32], v: &mut [f32], g: &[u16]));
 
+body!(fp16_body = fp16_loop(weight: &mut [u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[u16]));
+
 macro_rules! compiled_for {
     ($name:ident = $body:ident with $features:literal ($($arg:ident: $ty:ty),*)) => {
         #[cfg(target_arch = "x86_64")]
@@ -142,6 +160,9 @@ compiled_for!(fp32_avx2 = fp32_body with "avx2" (w: &mut [f32], m: &mut [f32], v
 compiled_for!(fp32_avx512 = fp32_body with "avx512f,avx512bw,avx512vl" (w: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]));
 compiled_for!(bf16_avx2 = bf16_body with "avx2" (high: &mut [u16], low: &mut [u16], m: &mut [f32], v: &mut [f32], g: &[u16]));
 compiled_for!(bf16_avx512 = bf16_body with "avx512f,avx512bw,avx512vl" (high: &mut [u16], low: &mut [u16], m: &mut [f32], v: &mut [f32], g: &[u16]));
+
+compiled_for!(fp16_avx2 = fp16_body with "avx2" (weight: &mut [u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[u16]));
+compiled_for!(fp16_avx512 = fp16_body with "avx512f,avx512bw,avx512vl" (weight: &mut [u16], master: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[u16]));
 
 /// Steps fp32 weights in place. `decay` says whether these parameters are decayed at all (biases and norms often are
 /// not).
@@ -232,5 +253,51 @@ pub fn step_bf16_with(
         // SAFETY: as above.
         Isa::Avx2 if isa.is_available() => unsafe { bf16_avx2(s, decay, weight_hi, low, momentum, variance, gradient) },
         _ => bf16_body(s, decay, weight_hi, low, momentum, variance, gradient),
+    }
+}
+
+/// Steps fp32 `master` weights in place, from a gradient in fp16 bits, and rounds them to `weight`.
+///
+/// # Panics
+/// When the slices differ in length.
+pub fn step_fp16(
+    s: &StepScalars,
+    decay: bool,
+    weight: &mut [u16],
+    master: &mut [f32],
+    momentum: &mut [f32],
+    variance: &mut [f32],
+    gradient: &[u16],
+) {
+    step_fp16_with(Isa::detect(), s, decay, weight, master, momentum, variance, gradient);
+}
+
+/// [`step_fp16`] with a chosen instruction set; one this processor lacks runs as [`Isa::Scalar`], with the same bits.
+///
+/// # Panics
+/// When the slices differ in length.
+#[expect(clippy::too_many_arguments, reason = "one slice for each kind of a group")]
+pub fn step_fp16_with(
+    isa: Isa,
+    s: &StepScalars,
+    decay: bool,
+    weight: &mut [u16],
+    master: &mut [f32],
+    momentum: &mut [f32],
+    variance: &mut [f32],
+    gradient: &[u16],
+) {
+    let lengths = [master.len(), momentum.len(), variance.len(), gradient.len()];
+    assert!(lengths == [weight.len(); 4], "kinds of one group differ in length: {} and {lengths:?}", weight.len());
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `is_available` says that this processor has the features.
+        Isa::Avx512 if isa.is_available() => unsafe {
+            fp16_avx512(s, decay, weight, master, momentum, variance, gradient)
+        },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx2 if isa.is_available() => unsafe { fp16_avx2(s, decay, weight, master, momentum, variance, gradient) },
+        _ => fp16_body(s, decay, weight, master, momentum, variance, gradient),
     }
 }

@@ -102,6 +102,7 @@ impl DeviceMath for ChunkMath {
         let (name, head) = match precision {
             Precision::Fp32 => ("adam_fp32", vec![pointer(states.weight)]),
             Precision::Bf16 => ("adam_bf16", vec![pointer(states.weight), pointer(states.low)]),
+            Precision::Fp16 => ("adam_fp16", vec![pointer(states.weight), pointer(states.master)]),
         };
         let count = [Arg::U64(elements as u64)];
         let args = [&head[..], &tail, &count, &arguments(scalars, decay)].concat();
@@ -123,6 +124,7 @@ impl DeviceMath for ChunkMath {
         let name = match precision {
             Precision::Fp32 => "row_sums_f32",
             Precision::Bf16 => "row_sums_bf16",
+            Precision::Fp16 => "row_sums_fp16",
         };
         let args = [Arg::Pointer(gradient as u64), Arg::Pointer(sums), Arg::U64(rows as u64), Arg::U64(columns as u64)];
         let grid = Grid::linear((rows as u64).div_ceil(ROWS_PER_BLOCK), 128);

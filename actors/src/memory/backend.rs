@@ -77,6 +77,8 @@ pub struct StateAddresses {
     pub weight: *mut u8,
     /// Low halves.
     pub low: *mut u8,
+    /// fp32 weights, where `weight` is not their high half; null elsewhere.
+    pub master: *mut u8,
     /// First moments.
     pub momentum: *mut u8,
     /// Second moments.

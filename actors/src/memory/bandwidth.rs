@@ -10,7 +10,7 @@ use std::time::Instant;
 use rayon::prelude::*;
 
 use super::{Arena, MemoryError, SlotIndex};
-use crate::adam::{AdamConfig, PIECE, StepScalars, split_f32, step_bf16, step_fp32};
+use crate::adam::{AdamConfig, PIECE, StepScalars, narrow_fp16, split_f32, step_bf16, step_fp16, step_fp32};
 use crate::types::{Bytes, Precision, Step, Tier};
 
 /// How fast Adam steps.
@@ -82,6 +82,20 @@ pub fn adam_bandwidth(precision: Precision, elements: usize, repeats: usize) -> 
                     .for_each(|(high, low, m, v, g)| step_bf16(&s, true, high, low, m, v, g));
             })?;
             (26.0, seconds)
+        }
+        Precision::Fp16 => {
+            let (mut floats, mut halves) = (Arrays::new([4; 3], elements)?, Arrays::new([2; 2], elements)?);
+            let [master, m, v] = floats.slices::<f32, 3>(elements);
+            let [weight, g] = halves.slices::<u16, 2>(elements);
+            master.fill(1.0);
+            g.fill(narrow_fp16(0.1));
+            let seconds = best(repeats, threads, || {
+                let (weight, master) = (weight.par_chunks_mut(PIECE), master.par_chunks_mut(PIECE));
+                (weight, master, m.par_chunks_mut(PIECE), v.par_chunks_mut(PIECE), g.par_chunks(PIECE))
+                    .into_par_iter()
+                    .for_each(|(weight, master, m, v, g)| step_fp16(&s, true, weight, master, m, v, g));
+            })?;
+            (28.0, seconds)
         }
     };
     let params_per_s = elements as f64 / seconds;
@@ -179,7 +193,7 @@ mod tests {
         for rate in [triad_bandwidth(Bytes(1 << 18), 2).unwrap(), copy_bandwidth(Bytes(1 << 18), 1).unwrap()] {
             assert!(rate.is_finite() && rate > 0.0);
         }
-        for (precision, bytes) in [(Precision::Fp32, 28.0), (Precision::Bf16, 26.0)] {
+        for (precision, bytes) in [(Precision::Fp32, 28.0), (Precision::Bf16, 26.0), (Precision::Fp16, 28.0)] {
             let rate = adam_bandwidth(precision, PIECE + 3, 2).unwrap();
             assert!(rate.params_per_s > 0.0);
             assert!((rate.bytes_per_s / rate.params_per_s - bytes).abs() < 1e-9);

@@ -24,7 +24,7 @@ const REPEATS: usize = 5;
 pub fn adam() -> Result<Value, Error> {
     let triad = triad_bandwidth(Bytes(4 * ELEMENTS as u64), threads()).map_err(failed)?;
     let mut value = json!({"threads": threads(), "triad_gbps": triad / 1e9});
-    for (name, precision) in [("fp32", Precision::Fp32), ("bf16", Precision::Bf16)] {
+    for (name, precision) in [("fp32", Precision::Fp32), ("bf16", Precision::Bf16), ("fp16", Precision::Fp16)] {
         let rate = adam_bandwidth(precision, ELEMENTS, REPEATS).map_err(failed)?;
         value[format!("{name}_gbps")] = (rate.bytes_per_s / 1e9).into();
         value[format!("{name}_mparams_per_s")] = (rate.params_per_s / 1e6).into();

@@ -208,7 +208,7 @@ pub fn run() -> Result<(Value, bool), Error> {
     let mut runs = 0;
     let mut worst = 0f64;
     let mut different = Vec::new();
-    for precision in [Precision::Fp32, Precision::Bf16] {
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         for (clip_norm, micro_batches) in [(1.0, 1), (0.0, 4)] {
             let base = base(precision, clip_norm, micro_batches);
             let resident = Variant { name: "resident".into(), config: base.clone(), kill: None, resume_after: None };

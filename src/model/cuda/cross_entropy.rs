@@ -5,7 +5,7 @@ use patrickstar_actors::cuda::{Arg, Grid};
 
 use super::linear::Panel;
 use super::matmul::{Operand, Product};
-use super::ops::{CudaOps, kernel};
+use super::ops::{CudaOps, elementwise, kernel};
 use crate::model::ops::cross_entropy::tokens_per_block;
 use crate::model::param::Param;
 
@@ -14,14 +14,14 @@ const THREADS: u32 = 1024;
 const ROW_MULTIPLE: usize = 8;
 
 impl CudaOps {
-    /// The loss and, `with_gradients`, the gradient of `x`; then the gradient of `weight` has been added to as well.
+    /// The loss and, with a scale for it, the gradient of `x`; then the gradient of `weight` has been added to as well.
     pub(crate) fn linear_cross_entropy(
         &self,
         x: &Tensor,
         weight: &Param,
         targets: &[i64],
         scale: f32,
-        with_gradients: bool,
+        gradient_scale: Option<f32>,
     ) -> Result<(Tensor, Option<Tensor>)> {
         let (vocabulary, dtype) = (weight.rows(), x.dtype());
         let panels = self.panels(weight)?;
@@ -33,11 +33,11 @@ impl CudaOps {
         // Rows that begin aligned are read and written sixteen bytes at a time, whatever the vocabulary.
         let stride = vocabulary.next_multiple_of(ROW_MULTIPLE);
         let logits = self.uninitialised((block, stride), DType::F32)?;
-        let dx = if with_gradients { Some(self.uninitialised(x.shape(), dtype)?) } else { None };
+        let dx = gradient_scale.map(|_| self.uninitialised(x.shape(), dtype)).transpose()?;
         for first in (0..targets.len()).step_by(block) {
             let tokens = block.min(targets.len() - first);
             self.write_logits(x, first, tokens, &panels, weight, &logits)?;
-            let name = if with_gradients { kernel!(dtype, "cross_entropy") } else { "cross_entropy_loss_f32" };
+            let name = if dx.is_some() { kernel!(dtype, "cross_entropy") } else { "cross_entropy_loss_f32" };
             let at =
                 |tensor: &Tensor| Ok::<_, candle_core::Error>(Arg::Pointer(self.address(tensor)? + 4 * first as u64));
             let args = [
@@ -47,7 +47,7 @@ impl CudaOps {
                 at(&losses)?,
                 Arg::U64(tokens as u64),
                 Arg::I32(vocabulary as i32),
-                Arg::F32(scale),
+                Arg::F32(gradient_scale.unwrap_or(scale)),
             ];
             self.launch(&self.cross_entropy, name, Grid::linear(tokens as u64, THREADS), &args)?;
             if let Some(dx) = &dx {
@@ -57,6 +57,12 @@ impl CudaOps {
         let loss = self.zeros((), DType::F32)?;
         let args = [self.pointer(&losses)?, Arg::U64(targets.len() as u64), self.pointer(&loss)?];
         self.launch(&self.cross_entropy, "sum_loss_f32", Grid::linear(1, THREADS), &args)?;
+        if let Some(gradient_scale) = gradient_scale.filter(|&gradient_scale| gradient_scale != scale) {
+            // The kernel knows one scale, and gradients need theirs. Both differ by a power of two.
+            let args = [self.pointer(&loss)?, self.pointer(&loss)?, Arg::U64(1)];
+            let args = [&args[..], &[Arg::F32(scale / gradient_scale), Arg::F32(0.0)]].concat();
+            self.launch(&self.cast, "scale_add_f32", elementwise(1), &args)?;
+        }
         Ok((loss, dx))
     }
 

@@ -23,6 +23,7 @@ pub(super) fn dtype_of(param: &Param) -> DType {
     match param.precision() {
         Precision::Fp32 => DType::F32,
         Precision::Bf16 => DType::BF16,
+        Precision::Fp16 => DType::F16,
     }
 }
 

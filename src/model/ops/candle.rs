@@ -15,7 +15,9 @@ pub fn candle(inputs: &[&Activation], function: impl Fn(&[Tensor]) -> Result<Ten
         let leaves = tensors.iter().map(Var::from_tensor).collect::<Result<Vec<_>>>()?;
         let tracked: Vec<Tensor> = leaves.iter().map(|leaf| leaf.as_tensor().clone()).collect();
         // The derivative of this sum is `dy` times the function's.
-        let mut store = (function(&tracked)? * dy)?.sum_all()?.backward()?;
+        let result = function(&tracked)?;
+        let dy = dy.to_device(result.device())?.to_dtype(result.dtype())?;
+        let mut store = (result * dy)?.sum_all()?.backward()?;
         for (leaf, slot) in leaves.iter().zip(slots) {
             let Some(gradient) = store.remove(leaf.as_tensor()).map(|gradient| gradient.detach()) else { continue };
             gradients.add(slot, |before| {

@@ -40,12 +40,13 @@ pub fn linear_cross_entropy(x: &Activation, weight: &Param, targets: &Tensor, ct
         bail!("linear_cross_entropy: target {target} is outside of {} classes: check the tokenizer", weight.rows());
     }
     let scale = 1.0 / ctx.target_count.max(1) as f32;
-    let recording = x.tape().is_recording();
-    let (loss, dx) = on!(x.compute(), linear_cross_entropy(&x.tensor()?, weight, &targets, scale, recording))?;
+    let loss_scale = x.tape().loss_scale();
+    let gradient_scale = x.tape().is_recording().then_some(scale * loss_scale);
+    let (loss, dx) = on!(x.compute(), linear_cross_entropy(&x.tensor()?, weight, &targets, scale, gradient_scale))?;
     let (into_x, compute) = (x.slot(), x.compute().clone());
     Ok(x.tape().record(loss, move |upstream, gradients| {
         // The seed of a tape lies in host memory: anything else went through another operation.
-        if !matches!(upstream.device(), Device::Cpu) || upstream.flatten_all()?.to_vec1::<f32>()? != [1.0] {
+        if !matches!(upstream.device(), Device::Cpu) || upstream.flatten_all()?.to_vec1::<f32>()? != [loss_scale] {
             bail!("linear_cross_entropy must be the last operation of the model, with nothing applied to its loss")
         }
         let Some(dx) = dx else { return Ok(()) };

@@ -249,7 +249,7 @@ impl Report {
             (0..TOKENS as u64).map(|i| (rng::uniform(2, i) * (VOCABULARY - 1) as f64) as i64).collect();
         let logits = (TOKENS * VOCABULARY) as f64;
         let scale = 1.0 / TOKENS as f32;
-        let run = |ops: &CudaOps| ops.linear_cross_entropy(&x, &table.param, &targets, scale, true).map(drop);
+        let run = |ops: &CudaOps| ops.linear_cross_entropy(&x, &table.param, &targets, scale, Some(scale)).map(drop);
         let shape = || format!("{TOKENS} x {HIDDEN} x {VOCABULARY}");
         // Logits are read in fp32; their gradients are written in bf16.
         let need = Need::Bytes(logits * (4.0 + B));
@@ -312,6 +312,7 @@ impl Report {
             let states = StateAddresses {
                 weight: at(&weight)?,
                 low: if half { at(&low)? } else { std::ptr::null_mut() },
+                master: std::ptr::null_mut(),
                 momentum: at(&momentum)?,
                 variance: at(&variance)?,
                 gradient: at(&gradient)?,

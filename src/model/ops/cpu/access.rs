@@ -3,7 +3,8 @@
 use std::borrow::Cow;
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
-use half::bf16;
+use half::{bf16, f16};
+use patrickstar_actors::adam::{narrow_fp16, widen_fp16};
 use rayon::prelude::*;
 
 use crate::model::param::{GradientSlice, Param, WeightSlice};
@@ -48,14 +49,17 @@ pub(super) fn weight_rows(param: &Param, tile: usize, row: usize, rows: usize) -
     let range = row * columns..(row + rows) * columns;
     Ok(match param.weight(tile)? {
         WeightSlice::F32(values) => Cow::Borrowed(&values[range]),
-        WeightSlice::Bf16(values) => {
-            let mut wide = vec![0f32; range.len()];
-            wide.par_chunks_mut(GRAIN).zip(values[range].par_chunks(GRAIN)).for_each(|(wide, narrow)| {
-                wide.iter_mut().zip(narrow).for_each(|(wide, narrow)| *wide = narrow.to_f32());
-            });
-            Cow::Owned(wide)
-        }
+        WeightSlice::Bf16(values) => Cow::Owned(widened(&values[range], |value| value.to_f32())),
+        WeightSlice::F16(values) => Cow::Owned(widened(&values[range], |value| widen_fp16(value.to_bits()))),
     })
+}
+
+fn widened<T: Copy + Sync>(narrow: &[T], widen: impl Fn(T) -> f32 + Sync) -> Vec<f32> {
+    let mut wide = vec![0f32; narrow.len()];
+    wide.par_chunks_mut(GRAIN).zip(narrow.par_chunks(GRAIN)).for_each(|(wide, narrow)| {
+        wide.iter_mut().zip(narrow).for_each(|(wide, &narrow)| *wide = widen(narrow));
+    });
+    wide
 }
 
 /// One panel of a parameter: the unit in which tileable operations work, whatever the tiling.
@@ -96,15 +100,21 @@ pub(super) fn accumulate(param: &Param, tile: usize, offset: usize, values: &[f3
         }
         Some(GradientSlice::Bf16(gradient)) => {
             let gradient = &mut gradient[offset..offset + values.len()];
-            gradient.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(gradient, values)| {
-                gradient
-                    .iter_mut()
-                    .zip(values)
-                    .for_each(|(gradient, value)| *gradient = bf16::from_f32(gradient.to_f32() + value));
-            });
+            add_each(gradient, values, |gradient, value| bf16::from_f32(gradient.to_f32() + value));
+        }
+        Some(GradientSlice::F16(gradient)) => {
+            let gradient = &mut gradient[offset..offset + values.len()];
+            let sum = |gradient: f16, value| f16::from_bits(narrow_fp16(widen_fp16(gradient.to_bits()) + value));
+            add_each(gradient, values, sum);
         }
     }
     Ok(())
+}
+
+fn add_each<T: Copy + Send>(gradient: &mut [T], values: &[f32], add: impl Fn(T, f32) -> T + Sync) {
+    gradient.par_chunks_mut(GRAIN).zip(values.par_chunks(GRAIN)).for_each(|(gradient, values)| {
+        gradient.iter_mut().zip(values).for_each(|(gradient, &value)| *gradient = add(*gradient, value));
+    });
 }
 
 /// Whether this pass computes gradients of `param`.

@@ -15,16 +15,16 @@ use crate::model::param::Param;
 /// Tokens whose logits exist at once.
 const BLOCK: usize = 256;
 
-/// The loss and, `with_gradients`, the gradient of `x`; then the gradient of `weight` has been added to as well.
+/// The loss and, with a scale for it, the gradient of `x`; then the gradient of `weight` has been added to as well.
 pub(crate) fn linear_cross_entropy(
     x: &Tensor,
     weight: &Param,
     targets: &[i64],
     scale: f32,
-    with_gradients: bool,
+    gradient_scale: Option<f32>,
 ) -> Result<(Tensor, Option<Tensor>)> {
     let (vocabulary, width) = (weight.rows(), weight.columns());
-    let mut dx = if with_gradients { vec![0f32; x.elem_count()] } else { Vec::new() };
+    let mut dx = vec![0f32; if gradient_scale.is_some() { x.elem_count() } else { 0 }];
     let mut scratch = vec![0f32; BLOCK.min(targets.len()) * vocabulary];
     let mut loss = 0f64;
     with_slice("linear_cross_entropy", &x.contiguous()?, |x| {
@@ -39,7 +39,7 @@ pub(crate) fn linear_cross_entropy(
                     loss += f64::from(sum) - f64::from(row[target as usize]);
                 }
             }
-            if with_gradients {
+            if let Some(scale) = gradient_scale {
                 differentiate(logits, &sums, targets, scale);
                 add_gradients(x, weight, logits, &mut dx[range])?;
             }
@@ -47,7 +47,7 @@ pub(crate) fn linear_cross_entropy(
         Ok(())
     })?;
     let loss = tensor(vec![(loss * f64::from(scale)) as f32], ())?;
-    Ok((loss, with_gradients.then(|| tensor(dx, x.shape())).transpose()?))
+    Ok((loss, gradient_scale.map(|_| tensor(dx, x.shape())).transpose()?))
 }
 
 /// Logits of the tokens in `x`, panel by panel of the vocabulary.

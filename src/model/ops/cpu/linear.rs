@@ -85,7 +85,7 @@ pub(crate) fn linear_backward_weight(dy: &Tensor, x: &Tensor, weight: &Param, bi
     })
 }
 
-/// Adds `a b` to the gradient of `param`: straight into an fp32 chunk, through fp32 scratch and one rounding for bf16.
+/// Adds `a b` to the gradient of `param`: straight into an fp32 chunk, through fp32 scratch and one rounding else.
 pub(super) fn add_product(
     param: &Param,
     tile: usize,
@@ -102,7 +102,7 @@ pub(super) fn add_product(
             product(shape, a, b, &mut gradient[offset..offset + elements], true);
             Ok(())
         }
-        Some(GradientSlice::Bf16(_)) => {
+        Some(GradientSlice::Bf16(_) | GradientSlice::F16(_)) => {
             let mut scratch = vec![0f32; elements];
             product(shape, a, b, &mut scratch, false);
             accumulate(param, tile, offset, &scratch)

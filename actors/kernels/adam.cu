@@ -289,9 +289,6 @@ template <> struct RowQuad<__half> {
         return __half2float(__ushort_as_half(uint16_t(k % 2 == 0 ? word : word >> 16)));
     }
 };
-}
-    __device__ __forceinline__ float value(int k) const { return __half2float(raw.lane[k]); }
-};
 
 template <typename T> __device__ __forceinline__ void add_squares(double (&lanes)[LANES], const RowQuad<T>& quad) {
 #pragma unroll

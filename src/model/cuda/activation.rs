@@ -1,12 +1,17 @@
-//! GELU, sums and dropout.
+//! GELU, SwiGLU, sums and dropout.
 
-use candle_core::{DType, Result, Tensor};
-use patrickstar_actors::cuda::Arg;
+use candle_core::{D, DType, Result, Tensor};
+use patrickstar_actors::cuda::{Arg, Grid};
 
 use super::ops::{CudaOps, PARTIALS, elementwise, kernel};
 use crate::model::ops::gelu::Gelu;
+use crate::model::ops::swiglu::halved;
 use crate::model::param::Param;
 use crate::model::rng::Mask;
+
+/// Rows that a block of the SwiGLU kernels walks over, where there are enough of them.
+const SWIGLU_ROWS: usize = 32;
+const MOST_BLOCKS: usize = 65_535;
 
 impl CudaOps {
     /// `a + b`.
@@ -56,6 +61,35 @@ impl CudaOps {
         self.launch(&self.activation, kernel!(dtype, "gelu_backward_bias"), grid, &args)?;
         self.accumulate_columns(&partial, bias, dtype)?;
         Ok(out)
+    }
+
+    /// `silu(gate) * up`.
+    pub(crate) fn swiglu_forward(&self, gate_up: &Tensor) -> Result<Tensor> {
+        let dtype = gate_up.dtype();
+        let out = self.uninitialised(halved(gate_up.dims()), dtype)?;
+        let (rows, cols, grid) = self.swiglu_sizes(gate_up)?;
+        let args = [self.pointer(gate_up)?, self.pointer(&out)?, rows, cols];
+        self.launch(&self.activation, kernel!(dtype, "swiglu_forward"), grid, &args)?;
+        Ok(out)
+    }
+
+    /// The gradient of gates and ups, plus `before`.
+    pub(crate) fn swiglu_backward(&self, dy: &Tensor, gate_up: &Tensor, before: Option<Tensor>) -> Result<Tensor> {
+        let dtype = gate_up.dtype();
+        let out = self.uninitialised(gate_up.shape(), dtype)?;
+        let (rows, cols, grid) = self.swiglu_sizes(gate_up)?;
+        let args = [self.pointer(dy)?, self.pointer(gate_up)?, self.pointer(&out)?, rows, cols];
+        self.launch(&self.activation, kernel!(dtype, "swiglu_backward"), grid, &args)?;
+        before.map_or(Ok(out.clone()), |before| self.sum(&before, &out))
+    }
+
+    /// Rows, columns of a half, and the grid for both.
+    fn swiglu_sizes(&self, gate_up: &Tensor) -> Result<(Arg, Arg, Grid)> {
+        let cols = gate_up.dim(D::Minus1)? / 2;
+        let rows = gate_up.elem_count() / (2 * cols);
+        let mut grid = self.column_grid(cols, gate_up.dtype());
+        grid.blocks[1] = rows.div_ceil(SWIGLU_ROWS).min(MOST_BLOCKS) as u32;
+        Ok((Arg::U64(rows as u64), Arg::I32(cols as i32), grid))
     }
 
     /// `mask * scale * x + before`: forward and backward alike.

@@ -1,10 +1,13 @@
 //! Attention on packed queries, keys and values; scores exist in registers only.
 
+use std::sync::PoisonError;
+
 use candle_core::{DType, Result, Tensor, bail};
 use patrickstar_actors::cuda::{Arg, Grid};
 
 use super::ops::CudaOps;
 use super::tensor_map::{Heads, encode};
+use crate::model::ops::{Attention, Segments};
 
 /// Queries of a tile of the 16-bit kernels; row statistics are padded to it.
 const TILE: usize = 128;
@@ -53,37 +56,40 @@ static WIDTHS_F32: [(usize, [&str; 3]); 3] = [
     (256, ["attention_forward_f32_d256", "attention_backward_q_f32_d256", "attention_backward_kv_f32_d256"]),
 ];
 
-/// Sizes of one call.
-#[derive(Clone, Copy)]
-struct Sizes {
+/// Sizes and masks of one call.
+struct Call {
     batch: usize,
     time: usize,
     heads: usize,
+    kv_heads: usize,
+    /// Elements of a head.
     head: usize,
     dtype: DType,
+    causal: bool,
+    /// 0 for none.
+    window: usize,
+    /// Where the sample of each token begins, then where it ends.
+    segments: Option<Tensor>,
 }
 
-impl Sizes {
-    fn of(qkv: &Tensor, heads: usize) -> Result<Self> {
-        let (batch, time, packed) = qkv.dims3()?;
-        let sizes = Sizes { batch, time, heads, head: packed / 3 / heads, dtype: qkv.dtype() };
-        let multiple = if sizes.dtype == DType::F32 { 4 } else { 8 };
-        if !sizes.head.is_multiple_of(multiple) || sizes.head > 256 {
-            bail!(
-                "attention on a GPU needs heads of a multiple of {multiple} up to 256 elements, not {}: change model.heads",
-                sizes.head
-            );
-        }
-        Ok(sizes)
-    }
+/// Parts of a packed row.
+#[derive(Clone, Copy)]
+enum Part {
+    Query,
+    Key,
+    Value,
+}
 
+const PARTS: [Part; 3] = [Part::Query, Part::Key, Part::Value];
+
+impl Call {
     fn hidden(&self) -> usize {
         self.heads * self.head
     }
 
     /// Columns of a packed row.
     fn packed(&self) -> usize {
-        3 * self.hidden()
+        (self.heads + 2 * self.kv_heads) * self.head
     }
 
     fn width(&self) -> Result<&'static Width> {
@@ -104,24 +110,37 @@ impl Sizes {
         usize::from(self.dtype == DType::F16)
     }
 
-    /// Query, key (1) or value (2) in a packed buffer.
-    fn part(&self, address: u64, which: usize) -> Heads {
-        let offset = which * self.hidden() * self.dtype.size_in_bytes();
-        Heads { address: address + offset as u64, stride: self.packed(), heads: self.heads }
+    /// A part of a packed buffer.
+    fn part(&self, address: u64, part: Part) -> Heads {
+        let (before, heads) = match part {
+            Part::Query => (0, self.heads),
+            Part::Key => (self.heads, self.kv_heads),
+            Part::Value => (self.heads + self.kv_heads, self.kv_heads),
+        };
+        let offset = before * self.head * self.dtype.size_in_bytes();
+        Heads { address: address + offset as u64, stride: self.packed(), heads }
     }
 
     fn map(&self, heads: Heads) -> Result<Arg> {
         encode(heads, (self.batch, self.time, self.head), self.dtype).map(Arg::Map)
     }
 
-    /// What all kernels take last: scale, causal, no window, no segments.
-    fn masks(&self) -> [Arg; 5] {
+    /// What all kernels take last: scale, causal, window, begin and end of each token's segment.
+    fn masks(&self, ops: &CudaOps) -> Result<[Arg; 5]> {
         let scale = 1.0 / (self.head as f32).sqrt();
-        [Arg::F32(scale), Arg::I32(1), Arg::I32(0), Arg::Pointer(0), Arg::Pointer(0)]
+        let (starts, ends) = match &self.segments {
+            None => (0, 0),
+            Some(bounds) => {
+                let starts = ops.address(bounds)?;
+                (starts, starts + (self.batch * self.time * DType::U32.size_in_bytes()) as u64)
+            }
+        };
+        let (causal, window) = (Arg::I32(self.causal.into()), Arg::I32(self.window as i32));
+        Ok([Arg::F32(scale), causal, window, Arg::Pointer(starts), Arg::Pointer(ends)])
     }
 
     fn dims(&self) -> [Arg; 5] {
-        [self.batch, self.time, self.heads, self.heads, self.head].map(|size| Arg::I32(size as i32))
+        [self.batch, self.time, self.heads, self.kv_heads, self.head].map(|size| Arg::I32(size as i32))
     }
 
     fn padded_time(&self) -> usize {
@@ -135,98 +154,125 @@ fn shared_f32(tiles: u32, width: usize) -> u32 {
 }
 
 impl CudaOps {
-    /// Causal attention, and the log-sum-exp of each row of scores.
-    pub(crate) fn attention_forward(&self, qkv: &Tensor, heads: usize) -> Result<(Tensor, Option<Tensor>)> {
-        let sizes = Sizes::of(qkv, heads)?;
-        let out = self.uninitialised((sizes.batch, sizes.time, sizes.hidden()), sizes.dtype)?;
-        let lse = self.uninitialised((sizes.batch, heads, sizes.time), DType::F32)?;
+    fn attention_call(&self, qkv: &Tensor, attention: &Attention) -> Result<Call> {
+        let (batch, time, packed) = qkv.dims3()?;
+        let (head, dtype) = (packed / attention.packed_heads(), qkv.dtype());
+        let multiple = if dtype == DType::F32 { 4 } else { 8 };
+        if !head.is_multiple_of(multiple) || head > 256 {
+            bail!(
+                "attention on a GPU needs heads of a multiple of {multiple} up to 256 elements, not {head}: change model.heads"
+            );
+        }
+        // A window of all tokens is none.
+        let window = attention.window.filter(|&window| window < time).unwrap_or(0);
+        let segments = attention.segments.as_ref().map(|segments| self.segments(segments)).transpose()?;
+        let (heads, kv_heads, causal) = (attention.heads, attention.kv_heads, attention.causal);
+        Ok(Call { batch, time, heads, kv_heads, head, dtype, causal, window, segments })
+    }
+
+    /// The bounds of segments in device memory, copied there once.
+    fn segments(&self, segments: &Segments) -> Result<Tensor> {
+        let mut copy = segments.on_device().lock().unwrap_or_else(PoisonError::into_inner);
+        match &*copy {
+            Some(bounds) if bounds.device().same_device(self.device()) => Ok(bounds.clone()),
+            _ => Ok(copy.insert(self.upload(segments.bounds())?).clone()),
+        }
+    }
+
+    /// Attention, and the log-sum-exp of each row of scores.
+    pub(crate) fn attend(&self, qkv: &Tensor, attention: &Attention) -> Result<(Tensor, Option<Tensor>)> {
+        let call = self.attention_call(qkv, attention)?;
+        let out = self.uninitialised((call.batch, call.time, call.hidden()), call.dtype)?;
+        let lse = self.uninitialised((call.batch, call.heads, call.time), DType::F32)?;
         let from = self.address(qkv)?;
-        let out_args = [self.pointer(&out)?, Arg::U64(sizes.hidden() as u64), self.pointer(&lse)?];
-        let parts = [0, 1, 2].map(|which| sizes.part(from, which));
-        if sizes.dtype == DType::F32 {
-            let (width, names) = sizes.names_f32()?;
-            let args = [&strided(&parts)[..], &out_args, &sizes.dims(), &sizes.masks()].concat();
-            let grid = self.grid_f32(&sizes, shared_f32(3, *width));
+        let out_args = [self.pointer(&out)?, Arg::U64(call.hidden() as u64), self.pointer(&lse)?];
+        let tail = [call.dims(), call.masks(self)?].concat();
+        let parts = PARTS.map(|part| call.part(from, part));
+        if call.dtype == DType::F32 {
+            let (width, names) = call.names_f32()?;
+            let args = [&strided(&parts)[..], &out_args, &tail].concat();
+            let grid = self.grid_f32(&call, call.heads, shared_f32(3, *width));
             self.launch(&self.attention_f32, names[0], grid, &args)?;
         } else {
-            let width = sizes.width()?;
-            let maps = [sizes.map(parts[0])?, sizes.map(parts[1])?, sizes.map(parts[2])?];
-            let args = [&maps[..], &out_args, &sizes.dims(), &sizes.masks(), &self.schedule()?].concat();
-            let grid = self.grid(&sizes, TILE, width.shared[0]);
-            self.launch(&self.attention_forward, width.forward[sizes.which()], grid, &args)?;
+            let width = call.width()?;
+            let maps = [call.map(parts[0])?, call.map(parts[1])?, call.map(parts[2])?];
+            let args = [&maps[..], &out_args, &tail, &self.schedule()?].concat();
+            let grid = self.grid(&call, TILE, call.heads, width.shared[0]);
+            self.launch(&self.attention_forward, width.forward[call.which()], grid, &args)?;
         }
         Ok((out, Some(lse)))
     }
 
     /// The gradient of the packed queries, keys and values.
-    pub(crate) fn attention_backward(
+    pub(crate) fn attend_backward(
         &self,
         dy: &Tensor,
         qkv: &Tensor,
         out: &Tensor,
         lse: Option<&Tensor>,
-        heads: usize,
+        attention: &Attention,
     ) -> Result<Tensor> {
-        let sizes = Sizes::of(qkv, heads)?;
+        let call = self.attention_call(qkv, attention)?;
         let Some(lse) = lse else { bail!("attention: the backward needs what the forward kept") };
-        let dqkv = self.uninitialised(qkv.shape(), sizes.dtype)?;
-        if sizes.dtype == DType::F32 {
-            self.attention_backward_f32(&sizes, dy, qkv, out, lse, &dqkv)?;
+        let dqkv = self.uninitialised(qkv.shape(), call.dtype)?;
+        if call.dtype == DType::F32 {
+            self.attention_backward_f32(&call, dy, qkv, out, lse, &dqkv)?;
         } else {
-            self.attention_backward_16(&sizes, dy, qkv, out, lse, &dqkv)?;
+            self.attention_backward_16(&call, dy, qkv, out, lse, &dqkv)?;
         }
         Ok(dqkv)
     }
 
     fn attention_backward_16(
         &self,
-        sizes: &Sizes,
+        call: &Call,
         dy: &Tensor,
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
         dqkv: &Tensor,
     ) -> Result<()> {
-        let width = sizes.width()?;
-        let stats = self.uninitialised((2, sizes.batch, sizes.heads, sizes.padded_time()), DType::F32)?;
+        let width = call.width()?;
+        let stats = self.uninitialised((2, call.batch, call.heads, call.padded_time()), DType::F32)?;
         let stats = [self.pointer(&stats)?];
         let from = self.address(qkv)?;
-        let parts = [0, 1, 2].map(|which| sizes.part(from, which));
-        let dout = Heads { address: self.address(dy)?, stride: sizes.hidden(), heads: sizes.heads };
-        let maps = [sizes.map(parts[0])?, sizes.map(parts[1])?, sizes.map(parts[2])?, sizes.map(dout)?];
-        let rows = [self.pointer(out)?, Arg::U64(sizes.hidden() as u64), self.pointer(lse)?];
+        let [q, k, v] = PARTS.map(|part| call.part(from, part));
+        let dout = Heads { address: self.address(dy)?, stride: call.hidden(), heads: call.heads };
+        let maps = [call.map(q)?, call.map(k)?, call.map(v)?, call.map(dout)?];
+        let rows = [self.pointer(out)?, Arg::U64(call.hidden() as u64), self.pointer(lse)?];
         let to = self.address(dqkv)?;
-        let [dq, dk, dv] = [0, 1, 2].map(|which| strided(&[sizes.part(to, which)]));
-        let args = [&maps[..], &rows, &stats, &dq, &sizes.dims(), &sizes.masks(), &self.schedule()?].concat();
-        let grid = self.grid(sizes, TILE, width.shared[1]);
-        self.launch(&self.attention_backward_q, width.backward_q[sizes.which()], grid, &args)?;
-        let args = [&maps[..], &stats, &dk, &dv, &sizes.dims(), &sizes.masks(), &self.schedule()?].concat();
-        let grid = self.grid(sizes, width.keys, width.shared[2]);
-        self.launch(&self.attention_backward_kv, width.backward_kv[sizes.which()], grid, &args)
+        let [dq, dk, dv] = PARTS.map(|part| strided(&[call.part(to, part)]));
+        let tail = [&call.dims()[..], &call.masks(self)?, &self.schedule()?].concat();
+        let args = [&maps[..], &rows, &stats, &dq, &tail].concat();
+        let grid = self.grid(call, TILE, call.heads, width.shared[1]);
+        self.launch(&self.attention_backward_q, width.backward_q[call.which()], grid, &args)?;
+        let args = [&maps[..], &stats, &dk, &dv, &tail].concat();
+        let grid = self.grid(call, width.keys, call.kv_heads, width.shared[2]);
+        self.launch(&self.attention_backward_kv, width.backward_kv[call.which()], grid, &args)
     }
 
     fn attention_backward_f32(
         &self,
-        sizes: &Sizes,
+        call: &Call,
         dy: &Tensor,
         qkv: &Tensor,
         out: &Tensor,
         lse: &Tensor,
         dqkv: &Tensor,
     ) -> Result<()> {
-        let (width, names) = sizes.names_f32()?;
-        let grid = self.grid_f32(sizes, shared_f32(4, *width));
+        let (width, names) = call.names_f32()?;
+        let shared = shared_f32(4, *width);
         let delta = self.uninitialised(lse.shape(), DType::F32)?;
-        let (from, to, stride) = (self.address(qkv)?, self.address(dqkv)?, Arg::U64(sizes.hidden() as u64));
-        let inputs = strided(&[0, 1, 2].map(|which| sizes.part(from, which)));
-        let [dq, dk, dv] = [0, 1, 2].map(|which| strided(&[sizes.part(to, which)]));
-        let tail = [&sizes.dims()[..], &sizes.masks()].concat();
+        let (from, to, stride) = (self.address(qkv)?, self.address(dqkv)?, Arg::U64(call.hidden() as u64));
+        let inputs = strided(&PARTS.map(|part| call.part(from, part)));
+        let [dq, dk, dv] = PARTS.map(|part| strided(&[call.part(to, part)]));
+        let tail = [call.dims(), call.masks(self)?].concat();
         let rows = [self.pointer(lse)?, self.pointer(&delta)?];
         let (out, dy) = ([self.pointer(out)?, stride], [self.pointer(dy)?, stride]);
         let args = [&inputs[..], &out, &dy, &rows, &dq, &tail].concat();
-        self.launch(&self.attention_f32, names[1], grid, &args)?;
+        self.launch(&self.attention_f32, names[1], self.grid_f32(call, call.heads, shared), &args)?;
         let args = [&inputs[..], &dy, &rows, &dk, &dv, &tail].concat();
-        self.launch(&self.attention_f32, names[2], grid, &args)
+        self.launch(&self.attention_f32, names[2], self.grid_f32(call, call.kv_heads, shared), &args)
     }
 
     /// The counters by which blocks draw their tiles: zero before and after every launch on the stream.
@@ -234,15 +280,15 @@ impl CudaOps {
         Ok([self.pointer(&self.counters)?])
     }
 
-    /// As many blocks as run at once: they share out the tiles.
-    fn grid(&self, sizes: &Sizes, tile: usize, shared: u32) -> Grid {
-        let tiles = sizes.time.div_ceil(tile) * sizes.batch * sizes.heads;
+    /// As many blocks as run at once: they share out the tiles of `heads` heads.
+    fn grid(&self, call: &Call, tile: usize, heads: usize, shared: u32) -> Grid {
+        let tiles = call.time.div_ceil(tile) * call.batch * heads;
         let blocks = (tiles as u64).min(u64::from(self.multiprocessors));
         Grid { shared, ..Grid::linear(blocks, THREADS) }
     }
 
-    fn grid_f32(&self, sizes: &Sizes, shared: u32) -> Grid {
-        let blocks = [sizes.time.div_ceil(TILE_F32) as u32, sizes.heads as u32, sizes.batch as u32];
+    fn grid_f32(&self, call: &Call, heads: usize, shared: u32) -> Grid {
+        let blocks = [call.time.div_ceil(TILE_F32) as u32, heads as u32, call.batch as u32];
         Grid { blocks, threads: 256, shared }
     }
 }

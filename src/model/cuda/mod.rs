@@ -11,6 +11,7 @@ mod linear;
 mod matmul;
 mod norm;
 mod ops;
+mod rope;
 mod staging;
 mod tensor_map;
 

@@ -1,4 +1,4 @@
-//! Layer norm, and sums over rows for the gradients of vectors.
+//! Layer norm, RMS norm, and sums over rows for the gradients of vectors.
 
 use candle_core::{DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
@@ -72,6 +72,57 @@ impl CudaOps {
         self.launch(&self.norm, kernel!(dtype, "layer_norm_backward"), grid, &args)?;
         self.accumulate_columns(&dweight, weight, dtype)?;
         self.accumulate_columns(&dbias, bias, dtype)?;
+        Ok(dx)
+    }
+
+    /// `x / sqrt(mean(x²) + eps) * weight`, and the reciprocal root of each row.
+    pub(crate) fn rms_norm_forward(&self, x: &Tensor, weight: &Param, eps: f32) -> Result<(Tensor, Tensor)> {
+        let (cols, dtype) = (weight.rows(), x.dtype());
+        let rows = x.elem_count() / cols;
+        let y = self.uninitialised(x.shape(), dtype)?;
+        let stats = self.uninitialised(rows, DType::F32)?;
+        let args = [
+            self.pointer(x)?,
+            Arg::Pointer(self.weight_address(weight)?),
+            self.pointer(&y)?,
+            self.pointer(&stats)?,
+            Arg::U64(rows as u64),
+            Arg::I32(cols as i32),
+            Arg::F32(eps),
+        ];
+        let grid = Grid::linear((rows as u64).min(FORWARD_BLOCKS), 256);
+        self.launch(&self.norm, kernel!(dtype, "rms_norm_forward"), grid, &args)?;
+        Ok((y, stats))
+    }
+
+    /// The gradient of `x` plus `before`; adds to that of `weight`.
+    pub(crate) fn rms_norm_backward(
+        &self,
+        dy: &Tensor,
+        x: &Tensor,
+        stats: &Tensor,
+        weight: &Param,
+        before: Option<Tensor>,
+    ) -> Result<Tensor> {
+        let (cols, dtype) = (weight.rows(), x.dtype());
+        let rows = x.elem_count() / cols;
+        let dx = self.uninitialised(x.shape(), dtype)?;
+        let dweight = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let args = [
+            self.pointer(dy)?,
+            self.pointer(x)?,
+            Arg::Pointer(self.weight_address(weight)?),
+            self.pointer(stats)?,
+            before.as_ref().map_or(Ok(Arg::Pointer(0)), |before| self.pointer(before))?,
+            self.pointer(&dx)?,
+            self.pointer(&dweight)?,
+            Arg::U64(rows as u64),
+            Arg::I32(cols as i32),
+            Arg::I32(PARTIALS as i32),
+        ];
+        let grid = Grid::linear(PARTIALS as u64, BACKWARD_THREADS);
+        self.launch(&self.norm, kernel!(dtype, "rms_norm_backward"), grid, &args)?;
+        self.accumulate_columns(&dweight, weight, dtype)?;
         Ok(dx)
     }
 

@@ -14,6 +14,7 @@ use patrickstar_actors::cuda::{Arg, Gpu, Grid, Kernels};
 use patrickstar_actors::types::Bytes;
 
 use super::matmul::Products;
+use super::rope::Tables;
 use super::staging::Staging;
 
 /// Partial sums of a reduction over rows. It decides the order of additions, so it is the same on every GPU.
@@ -31,12 +32,14 @@ pub struct CudaOps {
     pub(super) embedding: Kernels,
     pub(super) cross_entropy: Kernels,
     pub(super) cast: Kernels,
+    pub(super) rope: Kernels,
     pub(super) attention_forward: Kernels,
     pub(super) attention_backward_q: Kernels,
     pub(super) attention_backward_kv: Kernels,
     pub(super) attention_f32: Kernels,
     pub(super) products: Mutex<Products>,
     staging: Mutex<Staging>,
+    pub(super) rope_tables: Tables,
     /// Two counters of the attention kernels.
     pub(super) counters: Tensor,
 }
@@ -106,12 +109,14 @@ impl CudaOps {
             embedding: cubin!(gpu, "embedding"),
             cross_entropy: cubin!(gpu, "cross_entropy"),
             cast: cubin!(gpu, "cast"),
+            rope: cubin!(gpu, "rope"),
             attention_forward: cubin!(gpu, "attention_forward"),
             attention_backward_q: cubin!(gpu, "attention_backward_q"),
             attention_backward_kv: cubin!(gpu, "attention_backward_kv"),
             attention_f32: cubin!(gpu, "attention_f32"),
             products,
             staging,
+            rope_tables: Tables::default(),
             counters,
             device,
             cuda,

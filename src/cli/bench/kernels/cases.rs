@@ -14,7 +14,7 @@ use super::clock::Clock;
 use crate::Error;
 use crate::model::block::Context;
 use crate::model::cuda::CudaOps;
-use crate::model::ops::Gelu;
+use crate::model::ops::{Attention, Gelu};
 use crate::model::param::{Param, ParamTile};
 use crate::model::rng::{self, Mask};
 
@@ -264,12 +264,13 @@ impl Report {
         let shape = || format!("{batch} x {HEADS} x {time} x {HEAD}");
         // A product of queries and keys or of probabilities and values, of which the mask leaves half.
         let product = (2 * batch * HEADS * time * time * HEAD) as f64 / 2.0;
+        let causal = Attention::causal(HEADS);
         self.time("attention_forward", shape(), Need::Operations(2.0 * product), |ops| {
-            ops.attention_forward(&qkv, HEADS).map(drop)
+            ops.attend(&qkv, &causal).map(drop)
         })?;
-        let (out, lse) = self.clock.ops.attention_forward(&qkv, HEADS)?;
+        let (out, lse) = self.clock.ops.attend(&qkv, &causal)?;
         self.time("attention_backward", shape(), Need::Operations(5.0 * product), |ops| {
-            ops.attention_backward(&dy, &qkv, &out, lse.as_ref(), HEADS).map(drop)
+            ops.attend_backward(&dy, &qkv, &out, lse.as_ref(), &causal).map(drop)
         })
     }
 

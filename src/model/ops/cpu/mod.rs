@@ -12,8 +12,11 @@ mod gelu;
 mod gemm;
 mod layer_norm;
 mod linear;
+mod rms_norm;
+mod rope;
+mod swiglu;
 
-pub(super) use attention::{attention_backward, attention_forward};
+pub(super) use attention::{attend, attend_backward};
 pub(super) use cross_entropy::linear_cross_entropy;
 pub(super) use dropout::dropout;
 pub(super) use elementwise::sum;
@@ -21,3 +24,6 @@ pub(super) use embedding::{embedding_backward, embedding_forward, positions_back
 pub(super) use gelu::{gelu_backward, gelu_backward_bias, gelu_forward};
 pub(super) use layer_norm::{layer_norm_backward, layer_norm_forward};
 pub(super) use linear::{linear_backward_input, linear_backward_weight, linear_forward};
+pub(super) use rms_norm::{rms_norm_backward, rms_norm_forward};
+pub(super) use rope::rope;
+pub(super) use swiglu::{swiglu_backward, swiglu_forward};

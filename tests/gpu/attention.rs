@@ -5,7 +5,7 @@ use patrickstar_actors::types::Precision;
 
 use crate::compare::{compare, input};
 use crate::harness::Op;
-use crate::{gpu, sizes};
+use crate::{PRECISIONS, gpu, sizes};
 
 /// Probabilities, their gradients and the output, whose product with its gradient is subtracted from those, are rounded to
 /// eight bits before products with keys, queries and values.
@@ -58,10 +58,15 @@ fn every_width_in_bf16() {
     every_width(Precision::Bf16);
 }
 
+#[test]
+fn every_width_in_fp16() {
+    every_width(Precision::Fp16);
+}
+
 /// More tiles than the GPU has multiprocessors: blocks draw several.
 #[test]
 fn many_tiles_and_long_sequences() {
-    for precision in [Precision::Fp32, Precision::Bf16] {
+    for precision in PRECISIONS {
         check(precision, [1, 2049, 1, 64]);
         check(precision, [9, 300, 8, 64]);
         check(precision, [2, 1100, 3, 128]);

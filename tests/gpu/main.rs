@@ -15,6 +15,7 @@ mod chunks;
 mod compare;
 mod derivatives;
 mod kernels;
+mod llama;
 mod streams;
 
 use std::io::Write;

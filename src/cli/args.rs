@@ -154,7 +154,7 @@ pub enum BenchCommand {
         #[arg(long)]
         batch: Option<usize>,
         /// Steps to time, after one of warm-up.
-        #[arg(long, default_value_t = 10)]
+        #[arg(long, default_value_t = 20)]
         steps: u64,
         /// Change a key; may be repeated.
         #[arg(long, value_name = "KEY=VALUE")]

@@ -174,6 +174,8 @@ impl CudaOps {
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
     }
 
+    /// # Safety
+    /// The memory is uninitialised: it must be written before it is read.
     unsafe fn allocate<T: CudaDType + DeviceRepr>(&self, elements: usize) -> Result<CudaStorage> {
         // SAFETY: by this function's contract.
         let slice = unsafe { self.cuda.alloc::<T>(elements.max(1)) }?;

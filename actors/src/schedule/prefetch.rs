@@ -28,7 +28,12 @@ pub fn plan_prefetch(
 ) -> Vec<PrefetchAction> {
     let mut plan = Vec::new();
     for (distance, chunk) in trace.upcoming(now, depth) {
-        if resident(chunk) || !eligible(chunk) {
+        if resident(chunk) {
+            continue;
+        }
+        if !eligible(chunk) {
+            // It will need a place all the same.
+            free_slots = free_slots.saturating_sub(1);
             continue;
         }
         let evict = if free_slots > 0 {
@@ -43,4 +48,35 @@ pub fn plan_prefetch(
         plan.push(PrefetchAction { chunk, distance, evict });
     }
     plan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::schedule::TraceRecorder;
+
+    #[test]
+    fn what_may_not_be_brought_yet_keeps_its_place() {
+        let mut recorder = TraceRecorder::new();
+        for chunk in 0..6 {
+            recorder.access(&[ChunkId(chunk)]);
+        }
+        let trace = recorder.finish();
+        let bring = |blocked: &[u32], free| {
+            let plan = plan_prefetch(
+                &trace,
+                Moment(0),
+                5,
+                &|chunk| chunk.0 == 0,
+                &|chunk| !blocked.contains(&chunk.0),
+                free,
+                &mut |_| None,
+            );
+            plan.iter().map(|action| action.chunk.0).collect::<Vec<u32>>()
+        };
+        assert_eq!(bring(&[], 3), [1, 2, 3]);
+        // The second chunk is being updated: the fourth must not take the slot that it will need.
+        assert_eq!(bring(&[2], 3), [1, 3]);
+        assert_eq!(bring(&[1, 2, 3], 3), [0u32; 0]);
+    }
 }

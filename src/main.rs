@@ -1,5 +1,7 @@
 //! The `patrickstar` command.
 
+#![expect(unsafe_code, reason = "sets a variable before there are threads")]
+
 use patrickstar::telemetry::alloc::CountingAllocator;
 
 /// Counts activations of the compute thread, so that the monitor knows non-model memory.

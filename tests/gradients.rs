@@ -1,6 +1,7 @@
 //! Gradients of a whole GPT-2 made of our operations: against candle's autograd on a plain copy, against finite
 //! differences, and bit by bit against itself under other tilings.
 
+#![expect(unsafe_code, reason = "tests bind parameters and call kernels by address")]
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
 use std::collections::BTreeMap;

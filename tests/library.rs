@@ -113,3 +113,12 @@ fn hooks_see_every_step_in_order() {
     let expected: Vec<(u64, u64)> = (1..).zip(losses).collect();
     assert_eq!(*seen.lock().unwrap(), expected);
 }
+
+/// A service builds an engine in one thread and trains in another.
+#[test]
+fn an_engine_may_move_to_another_thread() {
+    let mut engine = Engine::new(config("64KiB"), blocks(96)).unwrap();
+    let here = train(&mut Engine::new(config("64KiB"), blocks(96)).unwrap(), 0..2);
+    let there = std::thread::spawn(move || train(&mut engine, 0..2)).join().unwrap();
+    assert_eq!(there, here);
+}

@@ -1,5 +1,7 @@
 //! A copy stream: claims moves, copies without the lock, completes them.
 
+#![expect(unsafe_code, reason = "copies between slots by address")]
+
 use std::sync::Arc;
 
 use crate::error::RuntimeError;

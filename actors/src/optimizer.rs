@@ -3,6 +3,8 @@
 //! An update in place cannot simply be repeated, so every piece that is done is noted in the step's ledger: a successor
 //! after a panic goes on with the pieces that are left.
 
+#![expect(unsafe_code, reason = "steps leased chunks by address, many pieces at once")]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -1,5 +1,7 @@
 //! Reading chunks from another thread while training goes on, for checkpoints.
 
+#![expect(unsafe_code, reason = "reads leased chunks by address")]
+
 use std::sync::Arc;
 
 use crate::chunk::{Layout, Pass};

@@ -3,6 +3,8 @@
 //! The global norm must not depend on chunk size or on the order of arrival. So squares are summed row by row (a row is
 //! never split between chunks) in a fixed order inside a row, and rows are summed in definition order at the end.
 
+#![expect(unsafe_code, reason = "reads leased chunks by address")]
+
 use std::sync::Arc;
 
 use rayon::prelude::*;

@@ -1,5 +1,7 @@
 //! The handle that a model uses: begin a step, access chunks, release them, end the step.
 
+#![expect(unsafe_code, reason = "fills leased chunks by address")]
+
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
@@ -430,6 +432,12 @@ impl Runtime {
         drop(table);
         self.shared.timeline.span(Track::Stall, start, None, Bytes(0), || cause.name().to_owned());
         Ok(())
+    }
+
+    /// Whether a step's groups are updated together, in forward order under the next forward, once all gradients are known;
+    /// else each as soon as its own is, in backward order.
+    pub fn steps_together(&self) -> bool {
+        self.shared.steps_together()
     }
 
     /// Counters since the start.

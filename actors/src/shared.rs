@@ -1,5 +1,7 @@
 //! What all actors and the compute thread share: the table behind its lock, the memory of the tiers, the policies.
 
+#![expect(unsafe_code, reason = "sends leases, which hold addresses, to other threads")]
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
@@ -181,10 +183,7 @@ impl Shared {
         if queued || is_compute {
             self.ring();
         }
-        if !is_compute {
-            self.wait_for_model(tier, &slots)?;
-        }
-        Ok(Lease {
+        let lease = Lease {
             addresses: slots.iter().map(|&slot| self.address(tier, slot)).collect(),
             shared: Arc::clone(self),
             is_compute,
@@ -192,7 +191,12 @@ impl Shared {
             chunks: request.chunks,
             pass: Pass::Forward,
             released: false,
-        })
+        };
+        // Held already: a wait that fails gives the chunks back.
+        if !is_compute {
+            self.wait_for_model(tier, &slots)?;
+        }
+        Ok(lease)
     }
 
     /// Notes the end of a queued block, and waits for an older one where too many are queued: a thread that fills the
@@ -296,15 +300,17 @@ impl Lease {
         if std::mem::replace(&mut self.released, true) {
             return Ok(());
         }
-        let until = if self.is_compute { self.shared.backend.compute_event()? } else { None };
+        // The chunks are given back even where the device does not answer any more.
+        let until = if self.is_compute { self.shared.backend.compute_event() } else { Ok(None) };
         let result = {
             let mut table = self.shared.lock();
-            table.release(self.tier, &self.chunks, self.pass, until.as_ref()).and_then(|()| then(&mut table))
+            let event = until.as_ref().ok().and_then(Option::as_ref);
+            table.release(self.tier, &self.chunks, self.pass, event).and_then(|()| then(&mut table))
         };
         self.shared.changed.notify_all();
         self.shared.ring();
         result?;
-        until.map_or(Ok(()), |event| self.shared.pace(&event))
+        until?.map_or(Ok(()), |event| self.shared.pace(&event))
     }
 }
 

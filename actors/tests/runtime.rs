@@ -1,5 +1,6 @@
 //! The runtime under a model without candle: whatever the budget, policy, side or fault, the same bits.
 
+#![expect(unsafe_code, reason = "tests bind parameters and call kernels by address")]
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
 use std::sync::Arc;

@@ -1,5 +1,7 @@
 //! Opens checkpoints, verifying every byte before anything is used.
 
+#![expect(unsafe_code, reason = "maps files")]
+
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,7 @@
 //! Files of text, memory-mapped.
 
+#![expect(unsafe_code, reason = "maps files")]
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

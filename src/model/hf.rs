@@ -1,5 +1,7 @@
 //! Hugging Face GPT-2 directories: `config.json` and `model.safetensors`.
 
+#![expect(unsafe_code, reason = "maps files")]
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,7 @@
 //! Leased parameters: zero-copy windows on weight and gradient chunks.
 
+#![expect(unsafe_code, reason = "turns leased addresses into slices")]
+
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
 

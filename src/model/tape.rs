@@ -229,11 +229,6 @@ impl Activation {
 }
 
 impl Gradients {
-    /// Whether the gradient of `slot` is asked for.
-    pub fn wants(&self, slot: Slot) -> bool {
-        slot.is_some()
-    }
-
     /// Adds to the gradient of `slot`: `compute` gets what is there so far and returns the sum. Not called where no
     /// gradient is asked for.
     pub fn add(&mut self, slot: Slot, compute: impl FnOnce(Option<Tensor>) -> Result<Tensor>) -> Result<()> {

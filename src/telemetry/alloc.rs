@@ -5,6 +5,8 @@
 //! would stay counted, so the counters start from zero whenever a thread begins to be tracked. Without the allocator all
 //! counters stay at zero.
 
+#![expect(unsafe_code, reason = "is an allocator")]
+
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -1,5 +1,7 @@
 //! The engine: trains a list of blocks whose states live in chunks.
 
+#![expect(unsafe_code, reason = "binds parameters to leased chunks")]
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,6 +79,14 @@ fn thread_time() -> Duration {
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
+/// What a block's backward on one micro-batch begins with.
+enum Start {
+    /// The block's input: its forward is computed again.
+    Input(Tensor),
+    /// Its forward.
+    Pass(Pass),
+}
+
 type Hook = Box<dyn FnMut(&StepReport) + Send>;
 
 /// Trains a model larger than its device. The thread that calls [`Engine::step`] is the compute thread.
@@ -84,8 +94,6 @@ pub struct Engine {
     blocks: Vec<Box<dyn Block>>,
     /// Of each block; bound to chunks while the block is leased.
     params: Vec<Params>,
-    /// Forward passes of the running step that are not computed again, by block and micro-batch.
-    kept: Vec<Vec<Pass>>,
     compute: Compute,
     program: Program,
     runtime: Runtime,
@@ -157,7 +165,6 @@ impl Engine {
         Ok(Engine {
             blocks,
             params,
-            kept: Vec::new(),
             compute,
             program,
             runtime,
@@ -201,37 +208,36 @@ impl Engine {
         let began = thread_time();
         let update = Step(self.loss_scale.updates.0 + 1);
         self.runtime.begin_step(StepStart { step, update, lr, loss_scale: self.loss_scale.scale })?;
-        let boundaries = self.forward(batch, step)?;
-        let losses = self.backward(batch, step, boundaries)?;
+        let inputs = self.forward(batch, step)?;
+        let losses = self.backward(batch, step, inputs)?;
         let host = thread_time().saturating_sub(began);
         // Read last: reading waits for the device.
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
         Ok((loss, host, self.runtime.end_step()?))
     }
 
-    /// All blocks but the last, layer-major; returns the input of every block for every micro-batch.
-    fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Tensor>>, Error> {
-        self.kept.clear();
-        let mut boundaries: Vec<Vec<Tensor>> = vec![batch.micro.iter().map(|micro| micro.input.clone()).collect()];
+    /// All blocks but the last, layer-major; returns what the backward of each block begins with.
+    fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Start>>, Error> {
+        let mut starts = Vec::with_capacity(self.blocks.len());
+        let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
+        let keep = self.config.train.recompute == Recompute::None;
         for block in 0..self.blocks.len() - 1 {
             let lease = self.lease(block, false)?;
             let start = self.runtime.timeline().now();
-            let mut outputs = Vec::with_capacity(batch.micro.len());
-            let mut kept = Vec::new();
-            for (micro, input) in boundaries[block].iter().enumerate() {
-                let keep = self.config.train.recompute == Recompute::None;
+            let mut outputs = Vec::with_capacity(inputs.len());
+            let mut of_block = Vec::with_capacity(inputs.len());
+            for (micro, input) in inputs.into_iter().enumerate() {
                 let pass = self.pass(batch, step, (block, micro), input.clone(), keep)?;
                 outputs.push(pass.output.tensor()?);
-                if keep {
-                    kept.push(pass);
-                }
+                of_block.push(if keep { Start::Pass(pass) } else { Start::Input(input) });
             }
-            self.kept.push(kept);
             self.compute_span(start, "forward", block);
             self.runtime.release_forward(self.end(block, lease))?;
-            boundaries.push(outputs);
+            starts.push(of_block);
+            inputs = outputs;
         }
-        Ok(boundaries)
+        starts.push(inputs.into_iter().map(Start::Input).collect());
+        Ok(starts)
     }
 
     /// Applies `block` to `input`; recording, if a backward follows.
@@ -258,20 +264,17 @@ impl Engine {
 
     /// Backward of each block, last to first, after its forward where that was not kept; returns the loss of each
     /// micro-batch.
-    fn backward(&mut self, batch: &Batch, step: Step, mut boundaries: Vec<Vec<Tensor>>) -> Result<Vec<Tensor>, Error> {
+    fn backward(&mut self, batch: &Batch, step: Step, starts: Vec<Vec<Start>>) -> Result<Vec<Tensor>, Error> {
         let last = self.blocks.len() - 1;
         let mut losses = Vec::new();
         let mut upstream: Vec<Option<Tensor>> = vec![None; batch.micro.len()];
-        self.kept.push(Vec::new());
-        for block in (0..self.blocks.len()).rev() {
-            let inputs = boundaries.pop().unwrap_or_default();
-            let mut kept = self.kept.pop().unwrap_or_default().into_iter();
+        for (block, starts) in starts.into_iter().enumerate().rev() {
             let lease = self.lease(block, true)?;
             let start = self.runtime.timeline().now();
-            for (micro, input) in inputs.into_iter().enumerate() {
-                let pass = match kept.next() {
-                    Some(pass) => pass,
-                    None => self.pass(batch, step, (block, micro), input, true)?,
+            for (micro, begun) in starts.into_iter().enumerate() {
+                let pass = match begun {
+                    Start::Pass(pass) => pass,
+                    Start::Input(input) => self.pass(batch, step, (block, micro), input, true)?,
                 };
                 if block == last {
                     losses.push(pass.output.tensor()?);

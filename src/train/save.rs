@@ -74,11 +74,10 @@ impl Engine {
         Ok(Saving { thread })
     }
 
-    /// Where all gradients are known first, the next step updates groups in forward order, else in backward order.
+    /// The order in which the next step updates groups.
     fn save_order(&self) -> Vec<GroupId> {
         let groups = (0..self.runtime().layout().group_count() as u32).map(GroupId);
-        let together = self.config().train.clip_norm > 0.0 || self.precision().scales_loss();
-        if together { groups.collect() } else { groups.rev().collect() }
+        if self.runtime().steps_together() { groups.collect() } else { groups.rev().collect() }
     }
 
     /// Fills the engine with a checkpoint's states.

@@ -1,5 +1,7 @@
 //! Chunk arithmetic on the GPU: the optimizer's step and the sums of rows have the bits of the host's.
 
+#![expect(unsafe_code, reason = "tests bind parameters and call kernels by address")]
+
 use std::sync::Arc;
 
 use half::bf16;

@@ -1,5 +1,7 @@
 //! The GPU as a backend of chunks: copies, zeroes, the order of streams, callbacks.
 
+#![expect(unsafe_code, reason = "tests bind parameters and call kernels by address")]
+
 use std::sync::mpsc;
 use std::time::Duration;
 

@@ -1,6 +1,7 @@
 //! What the tests of operations share: a place where operations run, parameters that are bound there, and the comparison
 //! of a backward with finite differences of its forward.
 
+#![expect(unsafe_code, reason = "tests bind parameters and call kernels by address")]
 #![allow(dead_code)] // each test program uses its part of it
 
 pub mod checks;

@@ -1,5 +1,7 @@
 //! Sums of squares whose order of additions is fixed, so that a norm has the same bits wherever it is taken.
 
+#![expect(unsafe_code, reason = "calls code compiled for instruction sets that were detected")]
+
 use super::fp16::widen_fp16;
 use super::update::Isa;
 

@@ -4,6 +4,8 @@
 //! operations, so there is no second version of the arithmetic that could drift from the first. Every line written was
 //! read just before and is in cache: non-temporal stores would only add traffic.
 
+#![expect(unsafe_code, reason = "calls code compiled for instruction sets that were detected")]
+
 use super::fp16::{narrow_fp16, widen_fp16};
 use super::scalars::StepScalars;
 use super::split::{join, split_f32};

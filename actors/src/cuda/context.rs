@@ -1,5 +1,7 @@
 //! One context for all streams of a GPU, and its pool of non-model memory.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUmemPool_attribute::{

@@ -1,5 +1,7 @@
 //! Loading and launching of kernels that were compiled ahead, so that no start waits for a compiler.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 

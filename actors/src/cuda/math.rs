@@ -1,5 +1,7 @@
 //! The optimizer's and reduction's arithmetic on chunks in device memory, with the bits of the host's.
 
+#![expect(unsafe_code, reason = "calls the driver and launches kernels on leased chunks")]
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};

@@ -1,5 +1,7 @@
 //! Slots in main memory: one anonymous mapping of the exact size.
 
+#![expect(unsafe_code, reason = "maps memory and hands out addresses in it")]
+
 use std::ptr::NonNull;
 
 use rayon::prelude::*;

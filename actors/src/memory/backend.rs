@@ -1,5 +1,7 @@
 //! What moves bytes between tiers: slabs, streams and events of a device.
 
+#![expect(unsafe_code, reason = "copies by address")]
+
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;

@@ -5,6 +5,8 @@
 //! stores may first read the line (a fourth of the traffic, not counted). The step writes only lines that it has read,
 //! so its count is its traffic everywhere.
 
+#![expect(unsafe_code, reason = "cuts an arena in slices")]
+
 use std::time::Instant;
 
 use rayon::prelude::*;

@@ -1,6 +1,8 @@
 //! The device tier in the memory of an NVIDIA GPU: a slab outside of candle's pool, streams of one context, registered
 //! host memory.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;

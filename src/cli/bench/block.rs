@@ -1,5 +1,7 @@
 //! `bench block`: one transformer layer by itself, on whichever backend the program computes.
 
+#![expect(unsafe_code, reason = "binds parameters to memory of its own")]
+
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};

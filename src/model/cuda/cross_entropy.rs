@@ -1,5 +1,7 @@
 //! Linear head and cross-entropy, some tokens at a time.
 
+#![expect(unsafe_code, reason = "queues products by address")]
+
 use candle_core::{DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
 

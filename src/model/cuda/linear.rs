@@ -1,5 +1,7 @@
 //! `y = x Wᵀ + b (+ residual)` and its gradients. A weight that is tiled over chunks is worked panel by panel.
 
+#![expect(unsafe_code, reason = "queues products by address")]
+
 use candle_core::{DType, Result, Tensor, bail};
 use patrickstar_actors::cuda::Arg;
 use patrickstar_actors::memory::MemoryError;

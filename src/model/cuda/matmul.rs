@@ -3,6 +3,8 @@
 //! The plan is the heuristic's first choice, never a timing: the choice of an algorithm decides the order of a sum, and two
 //! runs must have the same bits.
 
+#![expect(unsafe_code, reason = "calls cuBLASLt")]
+
 use std::collections::HashMap;
 use std::sync::Arc;
 

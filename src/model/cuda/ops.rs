@@ -1,5 +1,7 @@
 //! The GPU as the operations see it: tensors, addresses, kernels by element type.
 
+#![expect(unsafe_code, reason = "launches kernels and allocates without clearing")]
+
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 

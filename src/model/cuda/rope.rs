@@ -1,5 +1,7 @@
 //! Rotary position embedding on a packed buffer of heads.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 

@@ -4,6 +4,8 @@
 //! it is queued like a kernel; the bytes must then stay where they are until the copy is over, which is what the ring
 //! below keeps track of.
 
+#![expect(unsafe_code, reason = "keeps pinned memory")]
+
 use std::collections::VecDeque;
 use std::sync::Arc;
 

@@ -1,5 +1,7 @@
 //! Tensor maps: how kernels address boxes of a packed buffer of heads when they copy through the tensor memory unit.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Result, bail};
 use patrickstar_actors::cuda::TensorMap;

@@ -1,5 +1,7 @@
 //! The kernels of a step of the 1b shape, and of chunk work, with what each must at least do.
 
+#![expect(unsafe_code, reason = "binds parameters to memory of its own and calls kernels")]
+
 use std::sync::Arc;
 
 use candle_core::{DType, Tensor};

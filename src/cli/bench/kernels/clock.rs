@@ -1,5 +1,7 @@
 //! Times by events of the GPU, and the two rates that floors are made of.
 
+#![expect(unsafe_code, reason = "calls the driver")]
+
 use std::sync::Arc;
 use std::time::Instant;
 

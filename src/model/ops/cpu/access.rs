@@ -1,5 +1,7 @@
 //! Reading activations and weights as slices, and adding to gradients.
 
+#![expect(unsafe_code, reason = "takes the only slice of a gradient")]
+
 use std::borrow::Cow;
 
 use candle_core::{CpuStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};

@@ -1,6 +1,8 @@
 //! Self-attention on packed queries, keys and values. Probabilities exist for one head at a time and are computed again in
 //! the backward.
 
+#![expect(unsafe_code, reason = "lets heads write columns of one output")]
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 

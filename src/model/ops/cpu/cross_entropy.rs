@@ -3,6 +3,8 @@
 //! Tokens are taken in blocks. The gradient of a block's logits is known as soon as they are, so the gradients of input
 //! and weight are taken while they are there: nothing has to be computed twice.
 
+#![expect(unsafe_code, reason = "multiplies parts of matrices by address")]
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 

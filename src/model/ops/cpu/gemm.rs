@@ -1,5 +1,7 @@
 //! Matrix products on slices, through the `gemm` crate.
 
+#![expect(unsafe_code, reason = "multiplies by address")]
+
 use gemm::Parallelism;
 
 /// A row-major matrix, or the transpose of one.

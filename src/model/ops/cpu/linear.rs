@@ -1,5 +1,7 @@
 //! `y = x Wᵀ + b (+ residual)`, and its gradients, panel by panel of the weight's rows.
 
+#![expect(unsafe_code, reason = "multiplies parts of matrices by address")]
+
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 

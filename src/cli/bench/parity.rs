@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint;
-use crate::config::{Config, Placement, Policy, Schedule, Size};
+use crate::config::{Config, Placement, Policy, Recompute, Schedule, Size};
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
@@ -74,6 +74,10 @@ fn variants(base: &Config) -> Vec<Variant> {
         change(&mut config);
         variants.push(Variant { name, config, kill: None, resume_after: None });
     };
+    add("nothing recomputed".into(), &|config| {
+        config.train.recompute = Recompute::None;
+        config.memory.device = device(config, TIGHT);
+    });
     for slots in [TIGHT, 17, 20, 26, 40] {
         add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));
     }

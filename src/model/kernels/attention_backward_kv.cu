@@ -209,7 +209,6 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
   const TileList list = key_tiles<WIDTH>(args);
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
-  const bool speaks = lane == 0;
   const float factor = args.scale * LOG2_E;
   const int group = args.q_heads / args.kv_heads;
   Ring<L::STAGES> ring;
@@ -235,7 +234,7 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
       for (int tile = from; tile < to; ++tile) {
         barrier_wait(shared.q_full(ring.stage), ring.phase);
         barrier_wait(shared.do_full(ring.stage), ring.phase);
-        if (speaks) barrier_arrive(shared.empty(ring.stage));
+        warp_arrive(shared.empty(ring.stage));
         ring.advance();
       }
     };
@@ -273,7 +272,7 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
         pin(s);
         pin(sum_k);
         pin(sum_v);
-        if (held >= 0 && speaks) barrier_arrive(shared.empty(held));
+        if (held >= 0) warp_arrive(shared.empty(held));
         held = stage;
 
         const int query = tile * QUERIES;
@@ -314,10 +313,10 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
       wgmma_wait<0>();
       pin(sum_k);
       pin(sum_v);
-      if (held >= 0 && speaks) barrier_arrive(shared.empty(held));
+      if (held >= 0) warp_arrive(shared.empty(held));
       skip(share.end_tile, work.end_tile);
     }
-    if (speaks) barrier_arrive(shared.kv_empty(kv_ring.stage));
+    warp_arrive(shared.kv_empty(kv_ring.stage));
     kv_ring.advance();
 
     const int first = work.key + key_of_group;

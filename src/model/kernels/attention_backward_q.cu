@@ -178,7 +178,6 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
   constexpr int KEYS = L::KEYS;
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
-  const bool speaks = lane == 0;
   const float factor = args.scale * LOG2_E;
   const uint32_t q = shared.q() + group * 64 * PANEL_ROW_BYTES;
   const uint32_t d_o = shared.d_o() + group * 64 * PANEL_ROW_BYTES;
@@ -225,8 +224,7 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
     if constexpr (L::HELD) {
       load_operand<QUERIES, WIDTH>(held_q, q);
       load_operand<QUERIES, WIDTH>(held_do, d_o);
-      __syncwarp();
-      if (speaks) barrier_arrive(shared.q_empty());
+      warp_arrive(shared.q_empty());
     }
 
     // Tiles that only the other warpgroup needs. They are waited for all the same: arriving
@@ -236,10 +234,8 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
       for (int tile = from; tile > to; --tile) {
         barrier_wait(shared.k_full(ring.stage), ring.phase);
         barrier_wait(shared.v_full(ring.stage), ring.phase);
-        if (speaks) {
-          barrier_arrive(shared.k_empty(ring.stage));
-          barrier_arrive(shared.v_empty(ring.stage));
-        }
+        warp_arrive(shared.k_empty(ring.stage));
+        warp_arrive(shared.v_empty(ring.stage));
         ring.advance();
       }
     };
@@ -269,7 +265,7 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
       wgmma_wait<1>();
       pin(s);
       pin(sum);
-      if (held >= 0 && speaks) barrier_arrive(shared.k_empty(held));
+      if (held >= 0) warp_arrive(shared.k_empty(held));
       held = stage;
 
       if (tile * KEYS < all_from || (tile + 1) * KEYS > all_to)
@@ -280,7 +276,7 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
         for (int i = 0; i < 4; ++i) s[t][i] = exp2_fast(s[t][i] * factor - lse[i / 2]);
       wgmma_wait<0>();
       pin(d_p);
-      if (speaks) barrier_arrive(shared.v_empty(stage));
+      warp_arrive(shared.v_empty(stage));
 #pragma unroll
       for (int t = 0; t < KEYS / 8; ++t)
 #pragma unroll
@@ -292,17 +288,15 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
       if constexpr (L::STAGES == 1) {  // the next tile needs this very buffer
         wgmma_wait<0>();
         pin(sum);
-        if (speaks) barrier_arrive(shared.k_empty(stage));
+        warp_arrive(shared.k_empty(stage));
         held = -1;
       }
       ring.advance();
     }
     wgmma_wait<0>();
     pin(sum);
-    if (speaks) {
-      if (held >= 0) barrier_arrive(shared.k_empty(held));
-      if constexpr (!L::HELD) barrier_arrive(shared.q_empty());
-    }
+    if (held >= 0) warp_arrive(shared.k_empty(held));
+    if constexpr (!L::HELD) warp_arrive(shared.q_empty());
     skip(share_first - 1, work.first_tile - 1);
 
     T* rows = out.d_q + (static_cast<int64_t>(work.batch) * args.time + first) * out.dq_stride +

@@ -183,7 +183,6 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
   const TileList list = query_tiles<QUERIES>(args);
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
-  const bool speaks = lane == 0;  // one arrival per warp on an `empty` barrier
   const float factor = args.scale * LOG2_E;
   Ring<L::STAGES> k_ring, v_ring;
   Ring<L::BUFFERS> q_ring;
@@ -224,7 +223,7 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
     pass_turn(group);
     wgmma_wait<0>();
     pin(s);
-    if (speaks) barrier_arrive(shared.k_empty(k_ring.stage));
+    warp_arrive(shared.k_empty(k_ring.stage));
     k_ring.advance();
     hide_if_needed(work.last_tile);
     softmax.update(s, factor, shrink);
@@ -246,13 +245,13 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
       pass_turn(group);
       wgmma_wait<1>();
       pin(s);
-      if (speaks) barrier_arrive(shared.k_empty(k_ring.stage));
+      warp_arrive(shared.k_empty(k_ring.stage));
       k_ring.advance();
       hide_if_needed(tile);
       softmax.update(s, factor, shrink);
       wgmma_wait<0>();
       pin(o);
-      if (speaks) barrier_arrive(shared.v_empty(v_ring.stage));
+      warp_arrive(shared.v_empty(v_ring.stage));
       v_ring.advance();
 #pragma unroll
       for (int i = 0; i < WIDTH / 8; ++i) {
@@ -263,7 +262,7 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
       }
       pack_operand<T>(p, s);
     }
-    if (speaks) barrier_arrive(shared.q_empty(buffer));
+    warp_arrive(shared.q_empty(buffer));
 
     barrier_wait(shared.v_full(v_ring.stage), v_ring.phase);
     pin(o);
@@ -273,7 +272,7 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
     const float sum[2] = {quad_sum(softmax.sum[0]), quad_sum(softmax.sum[1])};
     wgmma_wait<0>();
     pin(o);
-    if (speaks) barrier_arrive(shared.v_empty(v_ring.stage));
+    warp_arrive(shared.v_empty(v_ring.stage));
     v_ring.advance();
 
     const int first_row = work.row + group * 64;

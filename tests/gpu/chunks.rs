@@ -186,8 +186,9 @@ fn walk(precision: Precision, config: &AdamConfig, decay: bool, gradient_scale: 
             }
         }
     }
-    // The data kept what it is for until the end.
-    assert!(host.variance.iter().any(|v| v.is_infinite()) && host.variance.iter().any(|v| v.is_finite()));
+    // The data kept what it is for until the end. In fp16 huge gradients are infinite, and with decay in the gradient
+    // soon no number.
+    assert!(host.variance.iter().any(|v| !v.is_finite()) && host.variance.iter().any(|v| v.is_finite()));
     assert!(host.momentum.iter().any(|m| m.is_normal()));
 }
 

@@ -243,7 +243,12 @@ fn outputs(place: &Place, x: &Tensor, owned: &mut [Owned], op: Op<'_>) -> (Vec<f
         let tape = Tape::forgetting(&place.compute);
         let out = op(&tape.constant(put(place, x)), params, &context(true)).unwrap().tensor().unwrap();
         // Half a unit in the last place, and as much again for what is rounded on the way, such as probabilities.
-        (floats_of(&out), if out.dtype() == DType::BF16 { 2f64.powi(-7) } else { 0.0 })
+        let unit = match out.dtype() {
+            DType::BF16 => 2f64.powi(-7),
+            DType::F16 => 2f64.powi(-10),
+            _ => 0.0,
+        };
+        (floats_of(&out), unit)
     })
 }
 
@@ -295,11 +300,19 @@ fn close(what: &str, numeric: f64, analytic: f64, allowed: f64) {
 
 /// Half the distance over which a difference is taken in fp32.
 const STEP: f32 = 1e-2;
-/// The same in bf16, whose numbers near 1 are 1/128 apart.
-const BF16_STEP: f32 = 0.125;
-/// Relative to the largest derivative: two roundings to eight bits, 2^-8 each at most, and the third derivative, which a
-/// step this wide does not leave out.
-const BF16_TOLERANCE: f64 = 3e-2;
+
+/// Half the distance over which a difference is taken between numbers of 16 bits, and what it may be off beside the
+/// rounding of the outputs, relative to the largest derivative: the roundings of a gradient on its way, and the third
+/// derivative, which a step this wide does not leave out. `None` where numbers are fp32.
+fn narrow_step(dtype: DType) -> Option<(f32, f64)> {
+    match dtype {
+        // Numbers near 1 are 1/128 apart.
+        DType::BF16 => Some((0.125, 3e-2)),
+        // And these 1/1024.
+        DType::F16 => Some((0.0625, 8e-3)),
+        _ => None,
+    }
+}
 
 /// The outputs above and below, weighted: their difference, and by how much rounding may have changed it.
 fn difference(place: &Place, up: &(Vec<f32>, f64), down: &(Vec<f32>, f64)) -> (f64, f64) {
@@ -319,8 +332,8 @@ fn difference(place: &Place, up: &(Vec<f32>, f64), down: &(Vec<f32>, f64)) -> (f
 pub fn check(place: &Place, name: &str, x: &Tensor, owned: &mut [Owned], tolerance: f64, op: Op<'_>) {
     let (_, dx) = run(place, x, owned, op);
     let largest = |values: &[f32]| values.iter().fold(0f64, |most, v| most.max(f64::from(v.abs())));
-    let narrow = place.dtype() == DType::BF16;
-    let (step, within) = if narrow { (BF16_STEP, BF16_TOLERANCE) } else { (STEP, tolerance) };
+    let narrow = narrow_step(place.dtype());
+    let (step, within) = narrow.unwrap_or((STEP, tolerance));
     let values: Vec<f32> = if dx.is_empty() { Vec::new() } else { floats_of(x) };
     let scale = largest(&dx);
     for i in 0..dx.len() {
@@ -343,8 +356,8 @@ pub fn check(place: &Place, name: &str, x: &Tensor, owned: &mut [Owned], toleran
         // The weights that bf16 has are far apart, and its gradients have eight bits.
         let (delta, within) = match (precision, narrow) {
             (Precision::Fp32, _) => (STEP, tolerance),
-            (Precision::Bf16 | Precision::Fp16, false) => (0.05, 2e-2),
-            (Precision::Bf16 | Precision::Fp16, true) => (BF16_STEP, BF16_TOLERANCE),
+            (Precision::Bf16 | Precision::Fp16, None) => (0.05, 2e-2),
+            (Precision::Bf16 | Precision::Fp16, Some(narrow)) => narrow,
         };
         for (i, &analytic) in gradient.iter().enumerate() {
             let original = owned[which].read(&owned[which].weight, i);

@@ -22,13 +22,15 @@ pub enum ActorName {
     Disk,
     /// Norms and checks of gradients.
     Reduction,
-    /// Adam.
+    /// Adam in host memory.
     Optimizer,
+    /// Adam on the device.
+    DeviceOptimizer,
 }
 
 impl ActorName {
     /// All actors that are supervised.
-    pub const ALL: [ActorName; 7] = [
+    pub const ALL: [ActorName; 8] = [
         ActorName::Monitor,
         ActorName::Eviction,
         ActorName::HostToDevice,
@@ -36,6 +38,7 @@ impl ActorName {
         ActorName::Disk,
         ActorName::Reduction,
         ActorName::Optimizer,
+        ActorName::DeviceOptimizer,
     ];
 
     /// Name in reports, metrics and messages.
@@ -48,6 +51,7 @@ impl ActorName {
             ActorName::Disk => "disk",
             ActorName::Reduction => "reduction",
             ActorName::Optimizer => "optimizer",
+            ActorName::DeviceOptimizer => "device_optimizer",
         }
     }
 }
@@ -79,7 +83,7 @@ struct Vital {
 /// Vital signs of all actors.
 #[derive(Default)]
 pub struct Health {
-    vitals: [Vital; 7],
+    vitals: [Vital; 8],
 }
 
 impl Health {

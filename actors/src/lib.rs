@@ -9,7 +9,9 @@
 //! - [`timeline`]: what happened when.
 //! - `table`, `shared`: where every chunk is, and who leases it.
 //! - `monitor`, `eviction`, `copy`, `reduction`, `optimizer`, `supervisor`: one actor a file; `shell` is the thin actix
-//!   part that they have in common, `system` starts them.
+//!   part that they have in common, `system` starts them. `planner` is the mind of `eviction`, `updates` the queue of
+//!   `optimizer`.
+//! - `idle`: how long the device had nothing to do, and why.
 //! - [`runtime`]: the handle that a model uses.
 
 pub mod adam;
@@ -20,10 +22,12 @@ pub mod cuda;
 pub mod error;
 mod eviction;
 pub mod health;
+mod idle;
 pub mod memory;
 pub mod monitor;
 mod optimizer;
 mod placement;
+mod planner;
 mod reader;
 mod reduction;
 pub mod runtime;
@@ -36,8 +40,9 @@ mod system;
 mod table;
 pub mod timeline;
 pub mod types;
+mod updates;
 
-pub use placement::Placement;
+pub use placement::{Side, spread_sides};
 pub use reader::ChunkReader;
 pub use shared::{EvictionPolicy, Lease};
 pub use system::Retune;

@@ -1,12 +1,13 @@
-//! The optimizer: steps groups with Adam on the side where they live.
+//! The optimizer: steps groups with Adam. Two actors, one a side, work at the same time.
 //!
 //! An update in place cannot simply be repeated, so every piece that is done is noted in the step's ledger: a successor
 //! after a panic goes on with the pieces that are left.
 
 #![expect(unsafe_code, reason = "steps leased chunks by address, many pieces at once")]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use rayon::prelude::*;
 
@@ -17,13 +18,15 @@ use crate::health::ActorName;
 use crate::memory::{DeviceMath, StateAddresses};
 use crate::reduction::StepGroup;
 use crate::shared::{Lease, Shared};
-use crate::table::{Access, Requester};
+use crate::table::Request;
 use crate::timeline::Track;
-use crate::types::{Bytes, ChunkId, GroupId, Kind, Precision, Tier};
+use crate::types::{Bytes, GroupId, Kind, Precision, Tier};
 
 /// Steps groups; see the module's page.
 pub(crate) struct Optimizer {
     shared: Arc<Shared>,
+    /// Its side.
+    tier: Tier,
     pool: Arc<rayon::ThreadPool>,
 }
 
@@ -36,28 +39,76 @@ struct Piece {
 }
 
 impl Optimizer {
-    pub fn new(shared: Arc<Shared>, pool: Arc<rayon::ThreadPool>) -> Self {
-        Optimizer { shared, pool }
+    pub fn new(shared: Arc<Shared>, tier: Tier, pool: Arc<rayon::ThreadPool>) -> Self {
+        Optimizer { shared, tier, pool }
     }
 
-    pub fn run(&mut self, message: StepGroup) -> Result<(), RuntimeError> {
-        if self.shared.lock().group(message.group).pending_update != Some(message.step) {
-            return Ok(()); // handed over twice by a reduction that was restored
+    /// Applies updates until none is due.
+    pub fn run(&mut self) -> Result<(), RuntimeError> {
+        while let Some(update) = self.next()? {
+            self.update(update)?;
+            self.shared.updates.done(self.tier, update);
         }
-        let tier = self.shared.side(message.group);
-        let states = GroupStates::lease(&self.shared, message.group, tier)?;
+        Ok(())
+    }
+
+    /// The first update whose chunks are in place, once there is one; `None` where nothing is due. The eviction actor looks
+    /// at the same queue and brings what is missing.
+    fn next(&self) -> Result<Option<StepGroup>, RuntimeError> {
+        let mut table = self.shared.lock();
+        loop {
+            if let Some(error) = &table.failed {
+                return Err(error.clone());
+            }
+            let due = self.shared.updates.due(self.tier);
+            if due.is_empty() {
+                return Ok(None);
+            }
+            let ready = due.into_iter().find(|update| {
+                // Handed over twice, by a reduction that was restored: nothing is left to do.
+                let applied = table.group(update.group).pending_update != Some(update.step);
+                applied || {
+                    let request = table.update_request(update.group, &self.shared.layout);
+                    table.obstacle(&request, &self.shared.layout).is_none()
+                }
+            });
+            if ready.is_some() {
+                return Ok(ready);
+            }
+            let (guard, _) = self
+                .shared
+                .changed
+                .wait_timeout(table, Duration::from_millis(100))
+                .unwrap_or_else(PoisonError::into_inner);
+            table = guard;
+        }
+    }
+
+    fn update(&self, update: StepGroup) -> Result<(), RuntimeError> {
+        if self.shared.lock().group(update.group).pending_update != Some(update.step) {
+            return Ok(());
+        }
+        let states = GroupStates::lease(&self.shared, update.group)?;
         // A gradient that overflowed says nothing: the group stays as it is.
-        let Some(scalars) = message.scalars else { return self.finish(message.group, states.lease, 0) };
+        let Some(scalars) = update.scalars else { return self.finish(update.group, states.lease, 0) };
         let start = self.shared.timeline.now();
-        let math = self.shared.math.as_deref().filter(|_| tier == Tier::Device);
+        let math = self.shared.math.as_deref().filter(|_| self.tier == Tier::Device);
         // A device steps a piece in one launch; the host's are small enough to share out.
-        let pieces = pieces_of(&self.shared, message.group, if math.is_some() { usize::MAX } else { PIECE });
-        self.step(&states, &pieces, message, &scalars, math)?;
+        let pieces = pieces_of(&self.shared, update.group, if math.is_some() { usize::MAX } else { PIECE });
+        self.step(&states, &pieces, update, &scalars, math)?;
+        let tier = self.tier;
         self.shared
             .timeline
-            .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", message.group));
+            .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", update.group));
+        if tier != Tier::Device {
+            self.shared.lock().stats.stepping_on_host += self.shared.timeline.now() - start;
+        }
         let parameters: u64 = pieces.iter().map(|piece| piece.len as u64).sum();
-        self.finish(message.group, states.lease, parameters)
+        self.finish(update.group, states.lease, parameters)
+    }
+
+    fn name(&self) -> ActorName {
+        if self.tier == Tier::Device { ActorName::DeviceOptimizer } else { ActorName::Optimizer }
     }
 
     fn step(
@@ -88,7 +139,7 @@ impl Optimizer {
         };
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             run(0, first)?;
-            self.shared.health.fault_point(ActorName::Optimizer);
+            self.shared.health.fault_point(self.name());
             run(first.len(), rest)
         }));
         self.shared.stepped()[index] = (message.step, flags.into_iter().map(AtomicBool::into_inner).collect());
@@ -177,14 +228,10 @@ struct GroupStates {
 unsafe impl Sync for GroupStates {}
 
 impl GroupStates {
-    fn lease(shared: &Arc<Shared>, group: GroupId, tier: Tier) -> Result<Self, RuntimeError> {
+    fn lease(shared: &Arc<Shared>, group: GroupId) -> Result<Self, RuntimeError> {
         let layout = &shared.layout;
-        let mut chunks: Vec<(ChunkId, Access)> = Vec::new();
-        for &kind in layout.precision().persistent_kinds() {
-            chunks.extend(layout.group_chunks(group, kind).iter().map(|&chunk| (chunk, Access::Write)));
-        }
-        chunks.extend(layout.group_chunks(group, Kind::Gradient).iter().map(|&chunk| (chunk, Access::Read)));
-        let lease = shared.lease(Requester::Optimizer, tier, chunks)?;
+        let Request { tier, chunks, requester, .. } = shared.lock().update_request(group, layout);
+        let lease = shared.lease(requester, tier, chunks)?;
         let addresses = |kind: Kind| -> Vec<*mut u8> {
             layout.group_chunks(group, kind).iter().filter_map(|&chunk| lease.address_of(chunk)).collect()
         };

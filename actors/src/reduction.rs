@@ -38,15 +38,14 @@ pub(crate) struct StepGroup {
 /// Reduces gradients; see the module's page.
 pub(crate) struct Reduction {
     shared: Arc<Shared>,
-    optimizer: flume::Sender<StepGroup>,
 }
 
 /// PyTorch's `clip_grad_norm_` adds this to the norm before dividing.
 const CLIP_EPSILON: f64 = 1e-6;
 
 impl Reduction {
-    pub fn new(shared: Arc<Shared>, optimizer: flume::Sender<StepGroup>) -> Self {
-        Reduction { shared, optimizer }
+    pub fn new(shared: Arc<Shared>) -> Self {
+        Reduction { shared }
     }
 
     pub fn run(&mut self, message: GradientReady) -> Result<(), RuntimeError> {
@@ -68,7 +67,7 @@ impl Reduction {
             self.finish_norm(loss_scale);
         }
         if !self.shared.steps_together() {
-            self.hand_over(message, message.group, Some(1.0 / loss_scale))?;
+            self.hand_over(message, message.group, Some(1.0 / loss_scale));
         } else if complete {
             let (norm, overflow) = {
                 let ledger = self.shared.ledger();
@@ -77,9 +76,8 @@ impl Reduction {
             let clip = self.shared.clip_norm;
             let clipped = if clip > 0.0 { (clip / (norm + CLIP_EPSILON)).min(1.0) } else { 1.0 };
             let scale = (!overflow).then_some(clipped / loss_scale);
-            // In forward order: the next forward waits for the first groups first.
             for group in 0..self.shared.layout.group_count() as u32 {
-                self.hand_over(message, GroupId(group), scale)?;
+                self.hand_over(message, GroupId(group), scale);
             }
         }
         if complete {
@@ -160,11 +158,9 @@ impl Reduction {
         ledger.norm = Some(sum.sqrt() / loss_scale);
     }
 
-    fn hand_over(&self, message: GradientReady, group: GroupId, scale: Option<f64>) -> Result<(), RuntimeError> {
+    fn hand_over(&self, message: GradientReady, group: GroupId, scale: Option<f64>) {
         let StepStart { step, update, lr, .. } = message.step;
         let scalars = scale.map(|scale| StepScalars::new(&self.shared.adam, lr, update, scale as f32));
-        self.optimizer
-            .send(StepGroup { step, group, scalars })
-            .map_err(|_| RuntimeError::Stopped("the optimizer is gone".into()))
+        self.shared.hand_over(StepGroup { step, group, scalars });
     }
 }

@@ -12,9 +12,10 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::{ActorName, ActorStatus, Health};
+use crate::idle::IdleTime;
 use crate::memory::{Arena, Backend, DiskTier, SlotAllocator};
 use crate::monitor::{MemoryProbe, NonModel};
-use crate::placement::{Placement, place_groups};
+use crate::placement::Side;
 use crate::reader::ChunkReader;
 use crate::reduction::GradientReady;
 use crate::schedule::{StaticSet, Trace, TraceRecorder};
@@ -24,6 +25,7 @@ use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
 use crate::table::{Access, Requester, Table};
 use crate::timeline::{ResidencySnapshot, Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
+use crate::updates::Updates;
 
 /// Everything a runtime needs to know.
 #[derive(Clone, Debug)]
@@ -40,10 +42,8 @@ pub struct RuntimeConfig {
     pub disk_path: PathBuf,
     /// Policies that may change later.
     pub eviction: EvictionPolicy,
-    /// Where groups are stepped.
-    pub placement: Placement,
-    /// The largest number of chunks that one access leases, for the split between sides.
-    pub working_set: u32,
+    /// Where each group is stepped.
+    pub sides: Vec<Side>,
     /// Adam's constants.
     pub adam: AdamConfig,
     /// Global-norm clipping; 0 for none.
@@ -151,12 +151,22 @@ impl Runtime {
         let mut table = Table::new(&layout, slots);
         let left = config.device.0.saturating_sub(config.non_model.0) / chunk.0;
         table.budget[Tier::Device.index()] = device_slots.min(left.min(u64::from(u32::MAX)) as u32);
-        place_groups(&mut table, &layout, &config);
+        let groups = layout.group_count();
+        if gradient_uses.len() != groups || config.sides.len() != groups {
+            return Err(RuntimeError::Misuse(format!(
+                "gradient uses are given for {} groups and sides for {}, the layout has {groups}",
+                gradient_uses.len(),
+                config.sides.len()
+            )));
+        }
+        for (group, &side) in table.groups.iter_mut().zip(&config.sides) {
+            group.side = side;
+        }
         let disk = (config.disk_slots > 0)
             .then(|| DiskTier::create(&config.disk_path, config.disk_slots, chunk))
             .transpose()?;
         let (bell, bell_rx) = flume::bounded(1);
-        let groups = layout.group_count();
+        let ((device_bell, device_bell_rx), (host_bell, host_bell_rx)) = (flume::bounded(1), flume::bounded(1));
         let shared = Arc::new(Shared {
             device: backend.device_slab(device_slots, chunk)?,
             host: backend.host_slab(Arena::new(Tier::Host, config.host_slots, chunk)?)?,
@@ -171,11 +181,14 @@ impl Runtime {
             moment_budgets: RwLock::new(None),
             ledger: Mutex::new(StepLedger::default()),
             stepped: Mutex::new(vec![(Step(0), Vec::new()); groups]),
+            updates: Updates::default(),
+            idle: IdleTime::default(),
             adam: config.adam,
             clip_norm: config.clip_norm,
             timeline,
             health: Health::default(),
             bell,
+            update_bells: [device_bell, host_bell],
             layout,
         });
         backend.cap_non_model(Bytes(config.device.0.saturating_sub(u64::from(device_slots) * chunk.0)))?;
@@ -190,6 +203,7 @@ impl Runtime {
             backend,
             probe: Arc::clone(&probe),
             bell: bell_rx,
+            update_bells: [device_bell_rx, host_bell_rx],
             mailbox: config.mailbox.max(1),
             pool: Arc::new(pool),
             non_model: Arc::clone(&non_model),
@@ -197,12 +211,6 @@ impl Runtime {
             headroom: config.headroom,
             interval: config.monitor_interval,
         })?;
-        if gradient_uses.len() != groups {
-            return Err(RuntimeError::Misuse(format!(
-                "gradient uses are given for {} groups, the layout has {groups}",
-                gradient_uses.len()
-            )));
-        }
         let step = StepState {
             start: StepStart::new(Step(0), 0.0),
             moment: 0,
@@ -262,7 +270,7 @@ impl Runtime {
             }
             table.now = Moment(0);
         }
-        let before = self.shared.lock().stats.clone();
+        let before = self.stats();
         self.step = StepState { start, moment: 0, began: Instant::now(), before };
         self.open_ledger();
         Ok(())
@@ -420,6 +428,7 @@ impl Runtime {
             if let Some(error) = &table.failed {
                 return Err(error.clone());
             }
+            table.compute_waits = true;
             let (guard, _) = self
                 .shared
                 .changed
@@ -427,9 +436,9 @@ impl Runtime {
                 .unwrap_or_else(PoisonError::into_inner);
             table = guard;
         }
-        let waited = self.shared.timeline.now() - start;
-        table.stats.stalls[cause as usize] += waited;
+        table.compute_waits = false;
         drop(table);
+        self.shared.idle.waited(cause, self.shared.timeline.now() - start);
         self.shared.timeline.span(Track::Stall, start, None, Bytes(0), || cause.name().to_owned());
         Ok(())
     }
@@ -442,6 +451,9 @@ impl Runtime {
 
     /// Counters since the start.
     pub fn stats(&self) -> Stats {
+        if let Err(error) = self.shared.count_idle_time() {
+            self.shared.fail(error);
+        }
         self.shared.lock().stats.clone()
     }
 

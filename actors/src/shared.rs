@@ -10,13 +10,16 @@ use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::Health;
+use crate::idle::IdleTime;
 use crate::memory::{Backend, DeviceMath, DiskTier, Event, Slab, SlotIndex};
 use crate::schedule::{Policy, StaticSet, Trace};
 use crate::stats::StallCause;
+use crate::reduction::StepGroup;
 use crate::system::Ring;
 use crate::table::{Access, Request, RequestId, Requester, Table};
 use crate::timeline::{Timeline, Track};
-use crate::types::{Bytes, ChunkId, GroupId, Step, Tier};
+use crate::types::{Bytes, ChunkId, Step, Tier};
+use crate::updates::{UpdateDue, Updates};
 
 /// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs.
 const RUN_AHEAD: usize = 16;
@@ -71,12 +74,16 @@ pub(crate) struct Shared {
     pub moment_budgets: RwLock<Option<Vec<u32>>>,
     pub ledger: Mutex<StepLedger>,
     pub stepped: Mutex<SteppedPieces>,
+    pub updates: Updates,
+    pub idle: IdleTime,
     pub adam: AdamConfig,
     pub clip_norm: f64,
     pub timeline: Arc<Timeline>,
     pub health: Health,
     /// Rings the eviction actor. Capacity 1: a second ring before the first is heard adds nothing.
     pub bell: flume::Sender<Ring>,
+    /// Rings of the two sides of the optimizer, device and host.
+    pub update_bells: [flume::Sender<UpdateDue>; 2],
 }
 
 impl Shared {
@@ -154,7 +161,7 @@ impl Shared {
             let obstacle = table.obstacle(&request, &self.layout);
             if let Some(cause) = last_cause.take().filter(|_| is_compute) {
                 let now = self.timeline.now();
-                table.stats.stalls[cause as usize] += now - waited_since;
+                self.idle.waited(cause, now - waited_since);
                 self.timeline.span(Track::Stall, waited_since, None, Bytes(0), || cause_name(cause));
                 waited_since = now;
             }
@@ -192,8 +199,10 @@ impl Shared {
             pass: Pass::Forward,
             released: false,
         };
-        // Held already: a wait that fails gives the chunks back.
-        if !is_compute {
+        // Held already: what fails here gives the chunks back.
+        if is_compute {
+            self.idle.begin(self.backend.compute_event()?);
+        } else {
             self.wait_for_model(tier, &slots)?;
         }
         Ok(lease)
@@ -225,9 +234,28 @@ impl Shared {
         self.clip_norm > 0.0 || self.layout.precision().scales_loss()
     }
 
-    /// Where a group's update is computed.
-    pub fn side(&self, group: GroupId) -> Tier {
-        if self.lock().group(group).on_device { Tier::Device } else { Tier::Host }
+    /// Enters an update in the queue of its side.
+    pub fn hand_over(&self, update: StepGroup) {
+        let tier = {
+            // Under the table's lock, as whoever waits for an update looks under it.
+            let table = self.lock();
+            let tier = table.group(update.group).side.tier();
+            self.updates.enter(tier, update);
+            tier
+        };
+        self.changed.notify_all();
+        // Full means that a ring is waiting to be heard; closed that the runtime is going down.
+        let _ = self.update_bells[usize::from(tier != Tier::Device)].try_send(UpdateDue);
+        // Its chunks may have to be brought.
+        self.ring();
+    }
+
+    /// What the device waited for since the start.
+    pub fn count_idle_time(&self) -> Result<(), RuntimeError> {
+        let waits = self.idle.take()?;
+        let mut table = self.lock();
+        table.stats.stalls.iter_mut().zip(waits).for_each(|(sum, more)| *sum += more);
+        Ok(())
     }
 }
 
@@ -305,6 +333,9 @@ impl Lease {
         let result = {
             let mut table = self.shared.lock();
             let event = until.as_ref().ok().and_then(Option::as_ref);
+            if let Some(end) = event {
+                self.shared.idle.end(end);
+            }
             table.release(self.tier, &self.chunks, self.pass, event).and_then(|()| then(&mut table))
         };
         self.shared.changed.notify_all();

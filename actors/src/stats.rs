@@ -43,11 +43,12 @@ pub enum Reason {
     Prefetch,
     /// Its slot is needed.
     Evict,
-    /// Its next user is on the other side (a gradient whose group is stepped on the host).
+    /// Its next user is on the other side: a gradient whose group is stepped on the host, states that passed through.
     Offload,
 }
 
-/// What the compute thread waited for.
+/// What the device waited for. Where the model is queued ahead, a wait of the compute thread counts as far as the device
+/// had nothing to do meanwhile.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StallCause {
@@ -59,14 +60,22 @@ pub enum StallCause {
     Slot,
     /// The tier is above its budget.
     Budget,
-    /// The gradient norm of the step.
+    /// The gradients of the step to be measured.
     Reduction,
+    /// The compute thread, which had not queued the next block yet.
+    Queue,
 }
 
 impl StallCause {
     /// All causes.
-    pub const ALL: [StallCause; 5] =
-        [StallCause::Optimizer, StallCause::Copy, StallCause::Slot, StallCause::Budget, StallCause::Reduction];
+    pub const ALL: [StallCause; 6] = [
+        StallCause::Optimizer,
+        StallCause::Copy,
+        StallCause::Slot,
+        StallCause::Budget,
+        StallCause::Reduction,
+        StallCause::Queue,
+    ];
 
     /// Name in reports and metrics.
     pub fn name(self) -> &'static str {
@@ -76,6 +85,7 @@ impl StallCause {
             StallCause::Slot => "slot",
             StallCause::Budget => "budget",
             StallCause::Reduction => "reduction",
+            StallCause::Queue => "queue",
         }
     }
 }
@@ -97,12 +107,16 @@ pub struct Stats {
     pub prefetch_late: u64,
     /// Prefetched chunks evicted before use.
     pub prefetch_wasted: u64,
-    /// Waiting time of the compute thread by `StallCause`.
-    pub stalls: [Duration; 5],
+    /// Time in which streams copied, by `Direction`.
+    pub busy: [Duration; 5],
+    /// Time that the device waited, by `StallCause`.
+    pub stalls: [Duration; 6],
     /// Parameters stepped on the device side.
     pub stepped_on_device: u64,
     /// Parameters stepped on the host side.
     pub stepped_on_host: u64,
+    /// Time in which the host's cores stepped.
+    pub stepping_on_host: Duration,
     /// Actor restarts.
     pub restarts: u64,
 }
@@ -113,7 +127,7 @@ impl Stats {
         self.moves[..4].iter().sum()
     }
 
-    /// Time the compute thread waited.
+    /// Time that the device waited.
     pub fn stall(&self) -> Duration {
         self.stalls.iter().sum()
     }
@@ -131,9 +145,11 @@ impl Stats {
             prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,
             prefetch_late: self.prefetch_late - earlier.prefetch_late,
             prefetch_wasted: self.prefetch_wasted - earlier.prefetch_wasted,
+            busy: std::array::from_fn(|i| self.busy[i] - earlier.busy[i]),
             stalls: std::array::from_fn(|i| self.stalls[i] - earlier.stalls[i]),
             stepped_on_device: self.stepped_on_device - earlier.stepped_on_device,
             stepped_on_host: self.stepped_on_host - earlier.stepped_on_host,
+            stepping_on_host: self.stepping_on_host - earlier.stepping_on_host,
             restarts: self.restarts - earlier.restarts,
         }
     }

@@ -7,20 +7,20 @@ use std::time::Duration;
 
 use actix::prelude::*;
 
-use crate::copy::CopyStream;
+use crate::copy::{CopyStream, MovesPlanned};
 use crate::error::RuntimeError;
 use crate::eviction::{Eviction, Streams};
 use crate::health::ActorName;
 use crate::memory::Backend;
 use crate::monitor::{MemoryProbe, Monitor, NonModel};
 use crate::optimizer::Optimizer;
-use crate::reduction::{GradientReady, Reduction, StepGroup};
+use crate::reduction::{GradientReady, Reduction};
 use crate::schedule::Policy;
 use crate::shared::{EvictionPolicy, Shared};
 use crate::shell::{Post, Shell, Worker};
 use crate::supervisor::{Adopt, Supervisor};
-use crate::table::MoveId;
-use crate::types::Bytes;
+use crate::types::{Bytes, Tier};
+use crate::updates::UpdateDue;
 
 /// What the eviction actor hears.
 #[derive(Clone, Copy, Debug)]
@@ -56,9 +56,9 @@ impl Worker for Eviction {
 }
 
 impl Worker for CopyStream {
-    type Message = MoveId;
-    fn handle(&mut self, id: MoveId) -> Result<(), RuntimeError> {
-        self.run(id)
+    type Message = MovesPlanned;
+    fn handle(&mut self, _: MovesPlanned) -> Result<(), RuntimeError> {
+        self.run()
     }
 }
 
@@ -70,9 +70,9 @@ impl Worker for Reduction {
 }
 
 impl Worker for Optimizer {
-    type Message = StepGroup;
-    fn handle(&mut self, message: StepGroup) -> Result<(), RuntimeError> {
-        self.run(message)
+    type Message = UpdateDue;
+    fn handle(&mut self, _: UpdateDue) -> Result<(), RuntimeError> {
+        self.run()
     }
 }
 
@@ -99,6 +99,8 @@ pub(crate) struct Parts {
     pub backend: Arc<dyn Backend>,
     pub probe: Arc<dyn MemoryProbe>,
     pub bell: flume::Receiver<Ring>,
+    /// Of the two sides of the optimizer, device and host.
+    pub update_bells: [flume::Receiver<UpdateDue>; 2],
     pub mailbox: usize,
     pub pool: Arc<rayon::ThreadPool>,
     pub non_model: Arc<NonModel>,
@@ -201,12 +203,9 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     let supervisor = Supervisor::new(Arc::clone(shared)).start();
     let (monitor, monitor_rx) = flume::bounded(parts.mailbox);
     let (reduction, reduction_rx) = flume::bounded(parts.mailbox);
-    // With clipping all groups are handed over at once; reduction must not wait for the optimizer then, or the next
-    // forward could not begin under it.
-    let (optimizer, optimizer_rx) = flume::bounded(parts.mailbox.max(shared.layout.group_count()));
-    let (host_to_device, host_to_device_rx) = flume::bounded(parts.mailbox);
-    let (device_to_host, device_to_host_rx) = flume::bounded(parts.mailbox);
-    let (disk, disk_rx) = flume::bounded(parts.mailbox);
+    let (host_to_device, host_to_device_rx) = flume::bounded(1);
+    let (device_to_host, device_to_host_rx) = flume::bounded(1);
+    let (disk, disk_rx) = flume::bounded(1);
     let streams = Streams { host_to_device, device_to_host, disk };
 
     let eviction = {
@@ -226,14 +225,17 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     }
     let reduce = {
         let shared = Arc::clone(shared);
-        move || Reduction::new(Arc::clone(&shared), optimizer.clone())
+        move || Reduction::new(Arc::clone(&shared))
     };
     adopt(&supervisor, arbiters, shared, ActorName::Reduction, reduction_rx, reduce).await?;
-    let step = {
-        let (shared, pool) = (Arc::clone(shared), Arc::clone(&parts.pool));
-        move || Optimizer::new(Arc::clone(&shared), Arc::clone(&pool))
-    };
-    adopt(&supervisor, arbiters, shared, ActorName::Optimizer, optimizer_rx, step).await?;
+    for (name, tier, inbox) in [
+        (ActorName::DeviceOptimizer, Tier::Device, parts.update_bells[0].clone()),
+        (ActorName::Optimizer, Tier::Host, parts.update_bells[1].clone()),
+    ] {
+        let (shared_of_side, pool) = (Arc::clone(shared), Arc::clone(&parts.pool));
+        let step = move || Optimizer::new(Arc::clone(&shared_of_side), tier, Arc::clone(&pool));
+        adopt(&supervisor, arbiters, shared, name, inbox, step).await?;
+    }
     let watch = {
         let (shared, non_model) = (Arc::clone(shared), Arc::clone(&parts.non_model));
         let probe = Arc::clone(&parts.probe);

@@ -1,17 +1,20 @@
 //! The shared table: where every chunk is, who leases it, what is on the way.
 //!
 //! One lock guards it and is held for microseconds. The compute thread takes a lease here without a message when the
-//! chunks are in place, which is the normal case. Only the eviction actor starts moves; a copy stream claims a move,
+//! chunks are in place, which is the normal case. Only the eviction actor plans moves; a copy stream claims a move,
 //! copies without the lock, and completes it. Each transition is whole under the lock, so an actor that panics leaves a
 //! table from which its successor goes on.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::time::Duration;
 
 use crate::chunk::{ChunkEvent, ChunkState, Layout, Pass};
 use crate::error::RuntimeError;
+use crate::health::ActorName;
 use crate::memory::{Event, SlotAllocator, SlotIndex};
+use crate::placement::Side;
 use crate::stats::{Direction, Reason, StallCause, Stats};
-use crate::types::{Bytes, ChunkId, GroupId, Moment, Step, Tier};
+use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
 
 /// What a lease allows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +56,6 @@ pub(crate) struct Entry {
     pub arrived: u64,
     /// Brought by prefetch and not used since.
     pub prefetched: bool,
-    /// Belongs to a group that is stepped on the device for good: evicted only when nothing else is left.
-    pub pinned: bool,
     pub moving: Option<MoveId>,
 }
 
@@ -63,12 +64,21 @@ pub(crate) struct MoveId(pub u64);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum MoveStatus {
-    /// In the table, not yet told to a stream.
+    /// Waits for its stream.
     Planned,
-    /// In a stream's queue.
-    Sent,
-    /// A stream works on it.
+    /// Its stream works on it.
     Claimed,
+}
+
+/// In which order a stream takes its moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Urgency {
+    /// The compute thread waits for it.
+    Now,
+    /// The compute thread will need it, or a side of the optimizer can begin with it.
+    Soon,
+    /// It makes room, or brings states for an update that nobody waits for.
+    Later,
 }
 
 /// One copy between tiers, or a zero fill (`from == None`).
@@ -80,10 +90,20 @@ pub(crate) struct Move {
     /// The source slot is freed at the end: an eviction.
     pub drop_source: bool,
     pub reason: Reason,
+    pub urgency: Urgency,
     pub status: MoveStatus,
 }
 
 impl Move {
+    /// The actor whose stream it is for.
+    pub fn stream(&self) -> ActorName {
+        match (self.from.map(|(tier, _)| tier), self.to.0) {
+            (Some(Tier::Disk), _) | (_, Tier::Disk) => ActorName::Disk,
+            (_, Tier::Host) => ActorName::DeviceToHost,
+            (_, Tier::Device) => ActorName::HostToDevice,
+        }
+    }
+
     pub fn direction(&self) -> Direction {
         match (self.from.map(|(tier, _)| tier), self.to.0) {
             (None, _) => Direction::Zero,
@@ -98,17 +118,17 @@ impl Move {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct RequestId(pub u64);
 
-/// Who asks: decides what a request has to wait for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Who asks, the most urgent first: decides what a request has to wait for, and who gets a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Requester {
     /// Waits for pending updates of the groups it reads.
     Compute,
-    /// Applies updates; waits for a checkpoint that still has to read the group.
-    Optimizer,
     /// Reads gradients.
     Reduction,
     /// Reads a group before its next update.
     Checkpoint,
+    /// Applies updates; waits for a checkpoint that still has to read the group.
+    Optimizer,
 }
 
 #[derive(Clone, Debug)]
@@ -126,8 +146,8 @@ pub(crate) struct GroupState {
     pub pending_update: Option<Step>,
     /// A checkpoint has to read it before the next update.
     pub save_wanted: bool,
-    /// Stepped on the device side.
-    pub on_device: bool,
+    /// Where it is stepped.
+    pub side: Side,
     /// Backward uses still to come in this step.
     pub gradient_uses_left: u32,
 }
@@ -147,6 +167,8 @@ pub(crate) struct Table {
     pub peak: [u32; 3],
     /// Device slots in use at most since the moment began.
     pub moment_peak: u32,
+    /// The compute thread waits, for something else than a lease.
+    pub compute_waits: bool,
     pub failed: Option<RuntimeError>,
     /// For each device slot the end of the last work that the model queued on it: the model runs behind the thread that
     /// queues it, so a slot may still be read when its chunk is not leased any more.
@@ -165,7 +187,6 @@ impl Table {
             last_use: 0,
             arrived: 0,
             prefetched: false,
-            pinned: false,
             moving: None,
         });
         Table {
@@ -181,6 +202,7 @@ impl Table {
             stats: Stats::default(),
             peak: [0; 3],
             moment_peak: 0,
+            compute_waits: false,
             failed: None,
             chunk_bytes: layout.chunk_bytes(),
             next_id: 0,
@@ -253,7 +275,7 @@ impl Table {
         from: Option<Tier>,
         to: Tier,
         drop_source: bool,
-        reason: Reason,
+        (reason, urgency): (Reason, Urgency),
     ) -> Result<MoveId, RuntimeError> {
         let source = match from {
             Some(tier) => {
@@ -271,13 +293,38 @@ impl Table {
         entry.place[to.index()] = Place::Filling(slot);
         entry.moving = Some(id);
         entry.prefetched = reason == Reason::Prefetch && to == Tier::Device;
+        let to = (to, slot);
         self.moves
-            .insert(id, Move { chunk, from: source, to: (to, slot), drop_source, reason, status: MoveStatus::Planned });
+            .insert(id, Move { chunk, from: source, to, drop_source, reason, urgency, status: MoveStatus::Planned });
         Ok(id)
     }
 
-    /// Ends a move whose copy is done.
-    pub fn complete_move(&mut self, id: MoveId) -> Result<(), RuntimeError> {
+    /// The next move of a stream: what a predecessor died over, then the most urgent that the model has left the slots of;
+    /// if it is still at all of them, the most urgent.
+    pub fn claim_move(&mut self, stream: ActorName) -> Result<Option<(MoveId, Move)>, RuntimeError> {
+        if self.failed.is_some() {
+            return Ok(None);
+        }
+        let mut best: Option<((bool, bool, Urgency), MoveId)> = None;
+        for (&id, planned) in self.moves.iter().filter(|(_, planned)| planned.stream() == stream) {
+            let mut busy = false;
+            for (tier, slot) in planned.from.into_iter().chain([planned.to]) {
+                busy |= self.slot_event(tier, slot).map_or(Ok(false), |event| event.is_complete().map(|done| !done))?;
+            }
+            let order = (planned.status != MoveStatus::Claimed, busy, planned.urgency);
+            if best.is_none_or(|(first, _)| order < first) {
+                best = Some((order, id));
+            }
+        }
+        let claimed = best.and_then(|(_, id)| Some((id, self.moves.get_mut(&id)?)));
+        Ok(claimed.map(|(id, claimed)| {
+            claimed.status = MoveStatus::Claimed;
+            (id, *claimed)
+        }))
+    }
+
+    /// Ends a move whose copy is done; it took `time` of its stream.
+    pub fn complete_move(&mut self, id: MoveId, time: Duration) -> Result<(), RuntimeError> {
         let Some(done) = self.moves.remove(&id) else { return Ok(()) };
         self.tick += 1;
         let tick = self.tick;
@@ -292,6 +339,7 @@ impl Table {
         let direction = done.direction() as usize;
         self.stats.moves[direction] += 1;
         self.stats.bytes[direction] += if done.from.is_some() { self.chunk_bytes.0 } else { 0 };
+        self.stats.busy[direction] += time;
         self.stats.reasons[done.reason as usize] += 1;
         Ok(())
     }
@@ -310,6 +358,19 @@ impl Table {
                 Requester::Reduction => true,
             }
         })
+    }
+
+    /// What the update of a group leases: all its chunks, on its side.
+    pub fn update_request(&self, group: GroupId, layout: &Layout) -> Request {
+        let of_kind =
+            |kind: Kind, access: Access| layout.group_chunks(group, kind).iter().map(move |&chunk| (chunk, access));
+        let states = layout.precision().persistent_kinds().iter().flat_map(|&kind| of_kind(kind, Access::Write));
+        Request {
+            id: RequestId(0),
+            tier: self.group(group).side.tier(),
+            chunks: states.chain(of_kind(Kind::Gradient, Access::Read)).collect(),
+            requester: Requester::Optimizer,
+        }
     }
 
     /// Why `request` cannot be granted now; `None` when it can.

@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use patrickstar_actors::Placement;
 use patrickstar_actors::adam::{AdamConfig, narrow_fp16, widen_fp16};
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::error::RuntimeError;
@@ -18,7 +17,7 @@ use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Direction;
 use patrickstar_actors::timeline::Timeline;
 use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, TensorId, Tier};
-use patrickstar_actors::{Access, EvictionPolicy, Retune};
+use patrickstar_actors::{Access, EvictionPolicy, Retune, spread_sides};
 
 const CHUNK: u64 = 16 << 10;
 const BLOCKS: usize = 8;
@@ -44,6 +43,10 @@ fn uses(block: usize) -> Vec<TensorId> {
     uses
 }
 
+/// All groups are stepped in host memory, or on the device without staying there.
+const HOST: (u32, u32) = (0, 0);
+const DEVICE: (u32, u32) = (0, u32::MAX);
+
 #[derive(Clone)]
 struct Case {
     precision: Precision,
@@ -52,7 +55,8 @@ struct Case {
     disk_slots: u32,
     policy: Policy,
     prefetch: u32,
-    placement: Placement,
+    /// Groups that live on the device, and groups that pass through it to be stepped.
+    sides: (u32, u32),
     clip_norm: f64,
     kill: Option<ActorName>,
 }
@@ -66,7 +70,7 @@ impl Case {
             disk_slots: 0,
             policy: Policy::Opt,
             prefetch: 4,
-            placement: Placement::Host,
+            sides: HOST,
             clip_norm,
             kill: None,
         }
@@ -97,6 +101,8 @@ impl Model {
                 gradient_uses[layout.chunk(chunk).group.0 as usize] += 1;
             }
         }
+        let (resident, streamed) = case.sides;
+        let sides = spread_sides(layout.group_count() as u32, resident, streamed);
         let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
         let config = RuntimeConfig {
             device: Bytes(case.device_slots * CHUNK),
@@ -105,8 +111,7 @@ impl Model {
             disk_slots: case.disk_slots,
             disk_path: disk,
             eviction: EvictionPolicy { policy: case.policy, prefetch: case.prefetch },
-            placement: case.placement,
-            working_set: 8,
+            sides,
             adam: AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true },
             clip_norm: case.clip_norm,
             mailbox: 4,
@@ -267,13 +272,12 @@ fn states_are_the_same_bits_whatever_the_budget_policy_and_side() {
     for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         for clip_norm in [0.0, 1.0] {
             let reference = train(&Case::resident(precision, clip_norm));
-            for placement in [Placement::Host, Placement::Device, Placement::Hybrid] {
+            for sides in [HOST, DEVICE, (2, 0), (1, 3)] {
                 for policy in [Policy::Opt, Policy::Lru, Policy::Static] {
                     for (device_slots, prefetch) in [(9, 0), (10, 3), (24, 8)] {
                         let resident = Case::resident(precision, clip_norm);
-                        let case = Case { device_slots, policy, prefetch, placement, ..resident };
-                        let what =
-                            format!("{precision:?} clip {clip_norm} {placement:?} {policy:?} {device_slots} slots");
+                        let case = Case { device_slots, policy, prefetch, sides, ..resident };
+                        let what = format!("{precision:?} clip {clip_norm} {sides:?} {policy:?} {device_slots} slots");
                         assert!(train(&case) == reference, "{what}");
                     }
                 }
@@ -287,14 +291,17 @@ fn states_are_the_same_bits_from_disk() {
     for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         let resident = Case::resident(precision, 1.0);
         let reference = train(&resident);
-        let case = Case { device_slots: 9, host_slots: 14, disk_slots: 100, ..resident };
-        assert!(train(&case) == reference, "{precision:?}");
+        for sides in [HOST, DEVICE, (1, 3)] {
+            let case = Case { device_slots: 9, host_slots: 14, disk_slots: 100, sides, ..resident.clone() };
+            assert!(train(&case) == reference, "{precision:?} {sides:?}");
+        }
     }
 }
 
 #[test]
 fn every_actor_may_die_in_the_middle_of_its_work() {
-    let base = Case { device_slots: 9, host_slots: 14, disk_slots: 100, ..Case::resident(Precision::Fp32, 1.0) };
+    let base =
+        Case { device_slots: 9, host_slots: 14, disk_slots: 100, sides: (1, 3), ..Case::resident(Precision::Fp32, 1.0) };
     let reference = train(&Case::resident(Precision::Fp32, 1.0));
     // The monitor works once, after the warm-up step, so its panic is planted through a retune below.
     for actor in ActorName::ALL.into_iter().filter(|&actor| actor != ActorName::Monitor) {
@@ -373,9 +380,9 @@ fn prefetched_weights_are_there_when_asked_for() {
 fn a_runtime_may_be_dropped_while_updates_wait_for_chunks() {
     let (done, dropped) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        for placement in [Placement::Device, Placement::Host].into_iter().cycle().take(60) {
+        for sides in [DEVICE, HOST, (1, 3)].into_iter().cycle().take(60) {
             // No slot to spare: updates wait for moves when the model goes away.
-            let case = Case { device_slots: 10, placement, ..Case::resident(Precision::Fp32, 1.0) };
+            let case = Case { device_slots: 10, sides, ..Case::resident(Precision::Fp32, 1.0) };
             let mut model = Model::new(&case).expect("start");
             model.step(1).expect("step");
             drop(model);

@@ -5,6 +5,7 @@
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::{Arena, MemoryError, SlotIndex};
 use crate::adam::StepScalars;
@@ -16,6 +17,8 @@ pub trait DeviceEvent: Any + Send + Sync {
     fn is_complete(&self) -> Result<bool, MemoryError>;
     /// Blocks the calling thread until the stream has passed it.
     fn synchronize(&self) -> Result<(), MemoryError>;
+    /// The device's time between two events that it has passed; `None` where it keeps none.
+    fn elapsed_since(&self, earlier: &Event) -> Result<Option<Duration>, MemoryError>;
 }
 
 /// A recorded event, of whichever backend recorded it.
@@ -151,6 +154,10 @@ impl DeviceEvent for CpuEvent {
 
     fn synchronize(&self) -> Result<(), MemoryError> {
         Ok(())
+    }
+
+    fn elapsed_since(&self, _earlier: &Event) -> Result<Option<Duration>, MemoryError> {
+        Ok(None)
     }
 }
 

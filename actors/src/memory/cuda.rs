@@ -6,6 +6,7 @@
 use std::any::Any;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
@@ -53,6 +54,13 @@ impl DeviceEvent for CudaDeviceEvent {
 
     fn synchronize(&self) -> Result<(), MemoryError> {
         self.0.synchronize().map_err(|error| device_error("finish its work", error))
+    }
+
+    fn elapsed_since(&self, earlier: &Event) -> Result<Option<Duration>, MemoryError> {
+        let earlier: &dyn Any = earlier.as_ref();
+        let Some(earlier) = earlier.downcast_ref::<CudaDeviceEvent>() else { return Ok(None) };
+        let ms = earlier.0.elapsed_ms(&self.0).map_err(|error| device_error("time its work", error))?;
+        Ok(Some(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3)))
     }
 }
 

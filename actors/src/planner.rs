@@ -1,0 +1,405 @@
+//! One pass of planning over the locked table: which chunk moves where next.
+//!
+//! Waiting requests come in the order of who waits: the compute thread first, then whoever reads, then updates. A later one
+//! may take nothing that an earlier one was brought, so the compute thread always gets on, and whatever it waits for gets
+//! on once it waits. Prefetching fills what they leave.
+
+use std::collections::BTreeSet;
+
+use crate::error::RuntimeError;
+use crate::placement::Side;
+use crate::schedule::{Candidate, Policy, choose_victim, plan_prefetch};
+use crate::shared::{EvictionPolicy, Plan, Shared};
+use crate::stats::Reason;
+use crate::table::{Access, Place, Request, Requester, Table, Urgency};
+use crate::types::{ChunkId, GroupId, Kind, Moment, Tier};
+
+/// Updates a side, beyond those that could begin, whose chunks are brought.
+const UPDATES_AHEAD: usize = 2;
+
+pub(crate) struct Planner<'a> {
+    shared: &'a Shared,
+    table: &'a mut Table,
+    policy: EvictionPolicy,
+    plan: Option<Plan>,
+    /// Chunks that waiting requests need where they are.
+    protected: BTreeSet<(Tier, ChunkId)>,
+    /// Device slots that prefetching may fill.
+    prefetch_budget: u32,
+}
+
+/// The lowest budget from now to `ahead` moments later. One moment ahead, so that the compute thread finds its budget kept
+/// when it gets there; as far as prefetching looks, so that nothing is fetched that a lower budget will throw out again.
+fn lowest_budget(budgets: &[u32], now: Moment, ahead: u32) -> u32 {
+    let moments = budgets.len().max(1);
+    (0..=ahead as usize)
+        .filter_map(|offset| budgets.get((now.0 as usize + offset) % moments))
+        .copied()
+        .min()
+        .unwrap_or(0)
+}
+
+impl<'a> Planner<'a> {
+    pub fn new(shared: &'a Shared, table: &'a mut Table) -> Self {
+        let policy = shared.policies();
+        let budgets = shared.moment_budgets.read().ok().and_then(|budgets| budgets.clone());
+        let now = table.now;
+        let budget = &mut table.budget[Tier::Device.index()];
+        if let Some(budgets) = &budgets {
+            *budget = lowest_budget(budgets, now, 1);
+        }
+        let prefetch_budget = budgets.map_or(*budget, |budgets| lowest_budget(&budgets, now, policy.prefetch));
+        Planner { shared, table, policy, plan: shared.plan(), protected: BTreeSet::new(), prefetch_budget }
+    }
+
+    pub fn run(&mut self) -> Result<(), RuntimeError> {
+        let active = self.active_requests();
+        active.iter().for_each(|request| self.protect(request));
+        for tier in [Tier::Host, Tier::Device] {
+            self.keep_budget(tier)?;
+        }
+        self.protected.clear();
+        let mut short = Vec::with_capacity(active.len());
+        for request in &active {
+            self.protect(request);
+            short.push(self.serve(request)?);
+        }
+        self.offload()?;
+        let on_device = active.iter().zip(&short).filter(|(request, _)| request.tier == Tier::Device);
+        if on_device.clone().all(|(request, &short)| request.requester != Requester::Compute || short == 0) {
+            self.prefetch(on_device.map(|(_, &short)| short).sum())?;
+        }
+        self.check_progress(&active, &short)
+    }
+
+    fn protect(&mut self, request: &Request) {
+        for &(chunk, _) in &request.chunks {
+            self.protected.insert((request.tier, chunk));
+            // On its way from disk a chunk stops in host memory: dropping it there would undo the work.
+            if request.tier == Tier::Device {
+                self.protected.insert((Tier::Host, chunk));
+            }
+        }
+    }
+
+    /// The oldest eligible request of each requester and tier, and the first updates that are due and wait for chunks.
+    fn active_requests(&self) -> Vec<Request> {
+        let layout = &self.shared.layout;
+        let mut active: Vec<Request> = Vec::new();
+        for request in &self.table.requests {
+            let seen = active.iter().any(|other| (other.requester, other.tier) == (request.requester, request.tier));
+            if !seen && self.table.is_eligible(request, layout) {
+                active.push(request.clone());
+            }
+        }
+        for tier in [Tier::Device, Tier::Host] {
+            let waiting = self.due(tier).filter(|request| {
+                self.table.is_eligible(request, layout) && self.table.obstacle(request, layout).is_some()
+            });
+            active.extend(waiting.take(UPDATES_AHEAD));
+        }
+        active.sort_by_key(|request| request.requester);
+        active
+    }
+
+    /// What the updates that are due on one side will lease.
+    fn due(&self, tier: Tier) -> impl Iterator<Item = Request> {
+        let due = self.shared.updates.due(tier).into_iter();
+        // One that is applied stays in the queue for a moment.
+        due.filter(|update| self.table.group(update.group).pending_update == Some(update.step))
+            .map(|update| self.table.update_request(update.group, &self.shared.layout))
+    }
+
+    fn keep_budget(&mut self, tier: Tier) -> Result<(), RuntimeError> {
+        let budget = self.table.budget[tier.index()];
+        let mut excess = self.table.used(tier).saturating_sub(budget).saturating_sub(self.leaving(tier));
+        while excess > 0 && self.evict_one(tier, None, Urgency::Later)? {
+            excess -= 1;
+        }
+        Ok(())
+    }
+
+    /// Starts what `request` misses; returns for how many of its chunks there is no slot yet.
+    fn serve(&mut self, request: &Request) -> Result<u32, RuntimeError> {
+        let tier = request.tier;
+        let missing: Vec<(ChunkId, Access)> = request
+            .chunks
+            .iter()
+            .copied()
+            .filter(|&(chunk, _)| {
+                let entry = self.table.entry(chunk);
+                entry.place[tier.index()].valid().is_none() && entry.moving.is_none()
+            })
+            .collect();
+        let urgency = if request.requester == Requester::Compute { Urgency::Now } else { Urgency::Later };
+        let short = self.bring_all(&missing, tier, urgency)?;
+        if short == 0 {
+            return Ok(0);
+        }
+        let mut making_room = self.leaving(tier);
+        while making_room < short && self.evict_one(tier, None, urgency)? {
+            making_room += 1;
+        }
+        // Drops freed slots at once.
+        self.bring_all(&missing, tier, urgency)
+    }
+
+    /// Starts bringing those that find a slot; returns how many do not.
+    fn bring_all(&mut self, chunks: &[(ChunkId, Access)], tier: Tier, urgency: Urgency) -> Result<u32, RuntimeError> {
+        let mut short = 0;
+        for &(chunk, access) in chunks {
+            if !self.bring(chunk, tier, access, (Reason::Demand, urgency))? {
+                short += 1;
+            }
+        }
+        Ok(short)
+    }
+
+    /// An error if everybody waits, nothing moves, and still somebody is short of a slot: it will never fit.
+    fn check_progress(&self, active: &[Request], short: &[u32]) -> Result<(), RuntimeError> {
+        let layout = &self.shared.layout;
+        let leased = || self.table.entries.iter().any(|entry| entry.leases.iter().any(|&leases| leases > 0));
+        let somebody_waits = self.table.compute_waits || !self.table.requests.is_empty();
+        let Some(first) = active.first().filter(|_| somebody_waits && self.table.moves.is_empty()) else { return Ok(()) };
+        let update_can_begin = || {
+            let due = [Tier::Device, Tier::Host].into_iter().flat_map(|tier| self.due(tier));
+            due.into_iter().any(|request| self.table.obstacle(&request, layout).is_none())
+        };
+        if short.contains(&0) || leased() || update_can_begin() {
+            return Ok(());
+        }
+        let missing = first
+            .chunks
+            .iter()
+            .filter(|&&(chunk, _)| self.table.entry(chunk).place[first.tier.index()].valid().is_none())
+            .count() as u32;
+        // The tier that is full may be the one below, into which nothing can be evicted.
+        let below_is_full =
+            self.table.room(first.tier) == 0 && first.tier == Tier::Device && self.table.room(Tier::Host) == 0;
+        let tier = if below_is_full { Tier::Host } else { first.tier };
+        Err(RuntimeError::OutOfSlots {
+            tier,
+            need: missing,
+            have: self.table.room(tier),
+            slot: self.shared.chunk_bytes(),
+        })
+    }
+
+    /// Slots of `tier` that moves under way will free.
+    fn leaving(&self, tier: Tier) -> u32 {
+        self.table
+            .moves
+            .values()
+            .filter(|moving| moving.drop_source && moving.from.is_some_and(|(from, _)| from == tier))
+            .count() as u32
+    }
+
+    /// Starts bringing `chunk` to `tier`; false when there is no room or nothing to bring yet.
+    fn bring(
+        &mut self,
+        chunk: ChunkId,
+        tier: Tier,
+        access: Access,
+        (reason, urgency): (Reason, Urgency),
+    ) -> Result<bool, RuntimeError> {
+        let entry = self.table.entry(chunk);
+        if entry.moving.is_some() || entry.place[tier.index()].valid().is_some() {
+            return Ok(true);
+        }
+        // A leased chunk cannot move; its holder's release rings again.
+        if entry.leases.iter().any(|&leases| leases > 0) {
+            return Ok(true);
+        }
+        let source = self.table.nearest_valid(chunk).map(|(tier, _)| tier);
+        let (from, to) = match (source, tier) {
+            (None, _) if access == Access::Fresh => (None, tier),
+            (None, _) => return Err(RuntimeError::NoPayload(chunk)),
+            // Device and disk have no direct way: by host.
+            (Some(Tier::Disk), _) => (Some(Tier::Disk), Tier::Host),
+            (Some(Tier::Device), Tier::Disk) => (Some(Tier::Device), Tier::Host),
+            (from, to) => (from, to),
+        };
+        if self.table.room(to) == 0 && !(to != tier && self.evict_now(to, urgency)?) {
+            return Ok(false);
+        }
+        if self.table.room(to) == 0 {
+            return Ok(false);
+        }
+        let is_gradient = self.shared.layout.chunk(chunk).kind == Kind::Gradient;
+        let drop_source = is_gradient && from.is_some();
+        self.table.start_move(chunk, from, to, drop_source, (reason, urgency))?;
+        Ok(true)
+    }
+
+    /// Evicts one chunk of `tier` so that a slot is free at once, if a clean copy can be dropped; otherwise starts a
+    /// write-back and says false.
+    fn evict_now(&mut self, tier: Tier, urgency: Urgency) -> Result<bool, RuntimeError> {
+        if self.leaving(tier) == 0 {
+            self.evict_one(tier, None, urgency)?;
+        }
+        Ok(self.table.room(tier) > 0)
+    }
+
+    fn candidates(&self, tier: Tier, pinned: bool) -> Vec<Candidate> {
+        let index = tier.index();
+        self.table
+            .entries
+            .iter()
+            .enumerate()
+            .filter(|(_, entry)| {
+                entry.place[index].valid().is_some()
+                    && entry.moving.is_none()
+                    && entry.leases.iter().all(|&leases| leases == 0)
+            })
+            .filter(|&(id, _)| tier != Tier::Device || self.is_pinned(ChunkId(id as u32)) == pinned)
+            .map(|(id, entry)| Candidate {
+                chunk: ChunkId(id as u32),
+                clean: entry.place.iter().enumerate().any(|(other, place)| other != index && place.valid().is_some()),
+                last_use: entry.last_use,
+                arrived: entry.arrived,
+            })
+            .filter(|candidate| !self.protected.contains(&(tier, candidate.chunk)))
+            .collect()
+    }
+
+    fn victim(&self, tier: Tier, need_within: Option<u32>) -> Option<ChunkId> {
+        let candidates = self.candidates(tier, false);
+        let trace = self.plan.as_ref().map(|plan| &*plan.trace);
+        let empty = crate::schedule::StaticSet::default();
+        let static_set = self.plan.as_ref().map_or(&empty, |plan| &*plan.static_set);
+        if tier == Tier::Host {
+            return host_victim(&candidates, trace, self.table.now);
+        }
+        let policy = if trace.is_some() { self.policy.policy } else { Policy::Lru };
+        choose_victim(policy, trace, self.table.now, static_set, &candidates, need_within).or_else(|| {
+            // A pinned chunk is better evicted than a request left waiting, but never for a prefetch.
+            let pinned = need_within.is_none().then(|| self.candidates(tier, true))?;
+            choose_victim(Policy::Lru, None, self.table.now, static_set, &pinned, None)
+        })
+    }
+
+    /// Frees one slot of `tier`, now (a clean copy is dropped) or when the write-back is done; false: nothing to evict.
+    fn evict_one(&mut self, tier: Tier, need_within: Option<u32>, urgency: Urgency) -> Result<bool, RuntimeError> {
+        let Some(victim) = self.victim(tier, need_within) else { return Ok(false) };
+        self.evict(victim, tier, urgency)
+    }
+
+    fn evict(&mut self, victim: ChunkId, tier: Tier, urgency: Urgency) -> Result<bool, RuntimeError> {
+        let entry = self.table.entry(victim);
+        let clean = Tier::ALL.into_iter().any(|other| other != tier && entry.place[other.index()].valid().is_some());
+        if entry.prefetched && tier == Tier::Device {
+            self.table.stats.prefetch_wasted += 1;
+            self.table.entry_mut(victim).prefetched = false;
+        }
+        if clean {
+            self.table.discard(victim, tier)?;
+            self.table.stats.dropped += 1;
+            return Ok(true);
+        }
+        let target = match tier {
+            Tier::Device => Tier::Host,
+            Tier::Host | Tier::Disk => Tier::Disk,
+        };
+        if self.table.room(target) == 0 && !(target == Tier::Host && self.evict_now(Tier::Host, urgency)?) {
+            return Ok(false);
+        }
+        self.table.start_move(victim, Some(tier), target, true, (Reason::Evict, urgency))?;
+        Ok(true)
+    }
+
+    /// What is done on the device and needed in host memory leaves at once: complete gradients of groups that are stepped
+    /// there, and the states of updates that passed through the device.
+    fn offload(&mut self) -> Result<(), RuntimeError> {
+        let layout = &self.shared.layout;
+        for index in 0..self.table.groups.len() {
+            let (group, state) = (GroupId(index as u32), self.table.groups[index]);
+            let (kinds, urgency): (Vec<Kind>, Urgency) = match (state.side, state.pending_update) {
+                (Side::Host, Some(_)) => (vec![Kind::Gradient], Urgency::Soon),
+                (Side::Streamed, None) => {
+                    let kinds = layout.precision().persistent_kinds().iter().copied();
+                    // The model needs the weight again; where its slot is needed, it is written back then.
+                    (kinds.filter(|&kind| kind != Kind::Weight).collect(), Urgency::Later)
+                }
+                _ => continue,
+            };
+            for &chunk in kinds.iter().flat_map(|&kind| layout.group_chunks(group, kind)) {
+                let entry = self.table.entry(chunk);
+                let on_device_alone = entry.place[Tier::Device.index()].valid().is_some()
+                    && entry.place[Tier::Host.index()].valid().is_none();
+                let idle = entry.moving.is_none() && entry.leases.iter().all(|&leases| leases == 0);
+                if on_device_alone && idle && self.table.room(Tier::Host) > 0 {
+                    self.table.start_move(chunk, Some(Tier::Device), Tier::Host, true, (Reason::Offload, urgency))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// States of a group that lives on the device: evicted only when nothing else is left.
+    fn is_pinned(&self, chunk: ChunkId) -> bool {
+        let info = self.shared.layout.chunk(chunk);
+        info.kind != Kind::Gradient && self.table.group(info.group).side == Side::Resident
+    }
+
+    /// Brings what the coming moments need into slots that nobody is `short` of.
+    fn prefetch(&mut self, short: u32) -> Result<(), RuntimeError> {
+        let Some(plan) = self.plan.clone().filter(|_| self.policy.prefetch > 0) else { return Ok(()) };
+        let device = Tier::Device.index();
+        let layout = &self.shared.layout;
+        let actions = {
+            let this = &*self;
+            let table = &*this.table;
+            let resident = |chunk: ChunkId| {
+                let entry = table.entry(chunk);
+                entry.place[device] != Place::Absent
+            };
+            let eligible = |chunk: ChunkId| {
+                let entry = table.entry(chunk);
+                let info = layout.chunk(chunk);
+                let known = table.has_payload(chunk) || info.kind == Kind::Gradient;
+                entry.moving.is_none()
+                    && known
+                    && table.group(info.group).pending_update.is_none()
+                    && entry.leases.iter().all(|&leases| leases == 0)
+            };
+            let budget = self.prefetch_budget.min(table.budget[device]);
+            let free = budget.saturating_sub(table.used(Tier::Device) + short) as usize;
+            let mut taken = BTreeSet::new();
+            let mut victims = |distance: u32| {
+                let candidates: Vec<Candidate> = this
+                    .candidates(Tier::Device, false)
+                    .into_iter()
+                    .filter(|candidate| !taken.contains(&candidate.chunk))
+                    .collect();
+                let policy = this.policy.policy;
+                let victim =
+                    choose_victim(policy, Some(&plan.trace), table.now, &plan.static_set, &candidates, Some(distance))?;
+                taken.insert(victim);
+                Some(victim)
+            };
+            plan_prefetch(&plan.trace, table.now, this.policy.prefetch, &resident, &eligible, free, &mut victims)
+        };
+        for action in actions {
+            if let Some(victim) = action.evict
+                && !self.evict(victim, Tier::Device, Urgency::Soon)?
+            {
+                break;
+            }
+            if !self.bring(action.chunk, Tier::Device, Access::Fresh, (Reason::Prefetch, Urgency::Soon))? {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// In the host tier a copy that the device also has costs nothing to drop; otherwise the state that the compute thread
+/// needs last (optimizer states it never needs) goes to disk, least recently used first.
+fn host_victim(candidates: &[Candidate], trace: Option<&crate::schedule::Trace>, now: Moment) -> Option<ChunkId> {
+    let distance =
+        |chunk: ChunkId| trace.and_then(|trace| trace.distance_to_next_use(chunk, now, false)).unwrap_or(u32::MAX);
+    candidates
+        .iter()
+        .max_by_key(|candidate| (candidate.clean, distance(candidate.chunk), std::cmp::Reverse(candidate.last_use)))
+        .map(|candidate| candidate.chunk)
+}

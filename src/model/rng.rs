@@ -5,18 +5,32 @@
 
 use super::block::{Context, Init};
 
+mod normal;
+
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 
+const ROUNDS: u32 = 10;
+
+#[inline(always)]
+fn philox_round([a, b, c, d]: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    let product = |multiplier: u32, value: u32| u64::from(multiplier) * u64::from(value);
+    let (x, y) = (product(MULTIPLIERS[0], a), product(MULTIPLIERS[1], c));
+    [(y >> 32) as u32 ^ b ^ key[0], y as u32, (x >> 32) as u32 ^ d ^ key[1], x as u32]
+}
+
+#[inline(always)]
+fn next_key(key: [u32; 2]) -> [u32; 2] {
+    [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])]
+}
+
 /// One block of four numbers.
 pub fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
-    for round in 0..10 {
+    for round in 0..ROUNDS {
         if round > 0 {
-            key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
+            key = next_key(key);
         }
-        let product = |multiplier: u32, value: u32| u64::from(multiplier) * u64::from(value);
-        let (a, b) = (product(MULTIPLIERS[0], counter[0]), product(MULTIPLIERS[1], counter[2]));
-        counter = [(b >> 32) as u32 ^ counter[1] ^ key[0], b as u32, (a >> 32) as u32 ^ counter[3] ^ key[1], a as u32];
+        counter = philox_round(counter, key);
     }
     counter
 }
@@ -44,30 +58,36 @@ pub fn uniform(seed: u64, index: u64) -> f64 {
 
 /// Fills `out` with the elements of parameter `name` that begin at `first_element`.
 pub fn fill(init: Init, seed: u64, name: &str, first_element: u64, out: &mut [f32]) {
-    let stream = stream_of(name);
-    let mut current = (u64::MAX, [0u32; 4]);
-    for (offset, value) in out.iter_mut().enumerate() {
-        let element = first_element + offset as u64;
-        if current.0 != element / 4 {
-            current = (element / 4, block(seed, stream, element / 4));
+    match init {
+        Init::Zeros => out.fill(0.0),
+        Init::Ones => out.fill(1.0),
+        Init::Uniform { bound } => {
+            let draw = |bits: u32| ((2.0 * unit(bits) - 1.0) as f32) * bound;
+            fill_by_blocks(seed, stream_of(name), first_element, out, |bits| bits.map(draw));
         }
-        *value = draw(init, &current.1, (element % 4) as usize);
+        Init::Normal { std } => {
+            let stream = stream_of(name);
+            // Whole blocks in the middle go many at a time.
+            let head = (first_element.next_multiple_of(4) - first_element).min(out.len() as u64) as usize;
+            let (head, rest) = out.split_at_mut(head);
+            let (middle, tail) = rest.split_at_mut(rest.len() / normal::ELEMENTS * normal::ELEMENTS);
+            let first_of_middle = first_element + head.len() as u64;
+            let first_of_tail = first_of_middle + middle.len() as u64;
+            fill_by_blocks(seed, stream, first_element, head, |bits| normal::four(bits, std));
+            normal::fill(seed, stream, first_of_middle / 4, std, middle);
+            fill_by_blocks(seed, stream, first_of_tail, tail, |bits| normal::four(bits, std));
+        }
     }
 }
 
-fn draw(init: Init, bits: &[u32; 4], lane: usize) -> f32 {
-    match init {
-        Init::Zeros => 0.0,
-        Init::Ones => 1.0,
-        Init::Uniform { bound } => ((2.0 * unit(bits[lane]) - 1.0) as f32) * bound,
-        Init::Normal { std } => {
-            // Box-Muller: two uniforms give two normals.
-            let pair = lane / 2 * 2;
-            let radius = (-2.0 * unit(bits[pair]).ln()).sqrt();
-            let angle = std::f64::consts::TAU * unit(bits[pair + 1]);
-            let normal = radius * if lane.is_multiple_of(2) { angle.cos() } else { angle.sin() };
-            normal as f32 * std
+fn fill_by_blocks(seed: u64, stream: u64, first: u64, out: &mut [f32], draw: impl Fn([u32; 4]) -> [f32; 4]) {
+    let mut current = (u64::MAX, [0f32; 4]);
+    for (offset, value) in out.iter_mut().enumerate() {
+        let element = first + offset as u64;
+        if current.0 != element / 4 {
+            current = (element / 4, draw(block(seed, stream, element / 4)));
         }
+        *value = current.1[(element % 4) as usize];
     }
 }
 
@@ -119,15 +139,34 @@ mod tests {
 
     #[test]
     fn any_part_of_a_parameter_has_the_same_bits() {
-        let mut whole = vec![0.0; 1000];
-        fill(Init::Normal { std: 0.02 }, 7, "w", 0, &mut whole);
-        for (from, to) in [(0, 1000), (1, 2), (3, 501), (998, 1000)] {
-            let mut part = vec![0.0; to - from];
-            fill(Init::Normal { std: 0.02 }, 7, "w", from as u64, &mut part);
-            assert_eq!(part, whole[from..to]);
+        for init in [Init::Normal { std: 0.02 }, Init::Uniform { bound: 0.1 }] {
+            let mut whole = vec![0.0; 3000];
+            fill(init, 7, "w", 0, &mut whole);
+            for (from, to) in [(0, 3000), (1, 2), (3, 1501), (998, 1000), (4, 2999), (2, 260)] {
+                let mut part = vec![0.0; to - from];
+                fill(init, 7, "w", from as u64, &mut part);
+                assert_eq!(part, whole[from..to]);
+            }
         }
-        let mean = whole.iter().sum::<f32>() / 1000.0;
-        let std = (whole.iter().map(|x| (x - mean) * (x - mean)).sum::<f32>() / 1000.0).sqrt();
-        assert!(mean.abs() < 0.003 && (std - 0.02).abs() < 0.002, "{mean} {std}");
+    }
+
+    #[test]
+    fn normal_numbers_have_the_moments_of_the_distribution() {
+        const COUNT: usize = 1 << 20;
+        let mut values = vec![0.0; COUNT];
+        fill(Init::Normal { std: 1.0 }, 3, "w", 0, &mut values);
+        let moment = |power: i32| values.iter().map(|&x| f64::from(x).powi(power)).sum::<f64>() / COUNT as f64;
+        // Five standard errors of each.
+        for (power, expected, error) in [(1, 0.0, 5e-3), (2, 1.0, 7e-3), (3, 0.0, 2e-2), (4, 3.0, 5e-2)] {
+            assert!((moment(power) - expected).abs() < error, "moment {power}: {}", moment(power));
+        }
+        let beyond = |limit: f32| values.iter().filter(|x| x.abs() > limit).count() as f64 / COUNT as f64;
+        assert!((beyond(1.0) - 0.317_31).abs() < 2.5e-3 && (beyond(3.0) - 0.0027).abs() < 2.6e-4);
+        assert!(values.iter().all(|x| x.is_finite()) && beyond(4.5) > 0.0);
+        // Neighbours are independent: also the two that share a radius.
+        for distance in 1..4 {
+            let products = values.iter().zip(&values[distance..]).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            assert!((products / COUNT as f64).abs() < 5e-3, "distance {distance}");
+        }
     }
 }

@@ -10,22 +10,29 @@ use super::program::Program;
 use crate::error::Error;
 use crate::model::rng;
 
-/// Elements that a core draws in one go.
+/// Elements that a core draws or encodes in one go: they stay in its cache.
 const DRAWN_AT_ONCE: usize = 1 << 16;
 
-/// Draws every parameter from its own counter-based stream: the bits depend on seed and name, not on chunks.
+/// Draws every parameter from its own counter-based stream: the bits depend on seed and name, not on chunks. All cores draw
+/// at once, straight into the chunks.
 pub(crate) fn initialise(runtime: &Runtime, program: &Program, seed: u64) -> Result<(), Error> {
-    let columns: Vec<usize> = program.tensor_specs().iter().map(|spec| spec.columns).collect();
-    let index = |name: &str| program.parameters.iter().position(|spec| spec.name == name).unwrap_or(0);
-    initialise_from(runtime, program, |name, first_row, out| {
-        let index = index(name);
-        let (init, first) = (program.parameters[index].init, first_row * columns[index]);
-        // Counters, not order, decide the numbers: all cores draw at once.
-        out.par_chunks_mut(DRAWN_AT_ONCE).enumerate().for_each(|(piece, out)| {
-            rng::fill(init, seed, name, (first + piece * DRAWN_AT_ONCE) as u64, out);
-        });
-        Ok(())
-    })
+    let layout = runtime.layout();
+    for group in (0..layout.group_count() as u32).map(GroupId) {
+        let draw = |first: usize, out: &mut [f32]| {
+            for tile in layout.group_tiles(group) {
+                let spec = &program.parameters[tile.tensor.0 as usize];
+                let columns = layout.tensors()[tile.tensor.0 as usize].columns;
+                let from = first.max(tile.offset);
+                let to = (first + out.len()).min(tile.offset + tile.rows * columns);
+                if from < to {
+                    let counter = tile.row_start * columns + from - tile.offset;
+                    rng::fill(spec.init, seed, &spec.name, counter as u64, &mut out[from - first..to - first]);
+                }
+            }
+        };
+        fill_group(runtime, group, draw)?;
+    }
+    Ok(())
 }
 
 /// Fills weights from `read(name, first_row, out)`; optimizer states begin at zero.
@@ -35,48 +42,85 @@ pub(crate) fn initialise_from(
     mut read: impl FnMut(&str, usize, &mut [f32]) -> Result<(), Error>,
 ) -> Result<(), Error> {
     let layout = runtime.layout();
+    let mut values = vec![0f32; layout.group_capacity()];
     for group in (0..layout.group_count() as u32).map(GroupId) {
-        let mut values = vec![0f32; layout.group_capacity()];
+        values.fill(0.0);
         for tile in layout.group_tiles(group) {
             let spec = &program.parameters[tile.tensor.0 as usize];
             let elements = tile.rows * layout.tensors()[tile.tensor.0 as usize].columns;
             read(&spec.name, tile.row_start, &mut values[tile.offset..tile.offset + elements])?;
         }
-        for &kind in layout.precision().persistent_kinds() {
-            for &chunk in layout.group_chunks(group, kind) {
-                let first = layout.chunk(chunk).part as usize * layout.part_elements();
-                runtime.initialise(chunk, |bytes| encode(kind, layout.precision(), &values[first..], bytes))?;
-            }
-        }
+        fill_group(runtime, group, |first, out| out.copy_from_slice(&values[first..first + out.len()]))?;
     }
     Ok(())
 }
 
-/// Writes the part of `values` that a chunk of `kind` holds.
-fn encode(kind: Kind, precision: Precision, values: &[f32], bytes: &mut [u8]) {
-    match (kind, precision) {
-        (Kind::Weight, Precision::Fp32) => bytes.copy_from_slice(bytemuck::cast_slice(values)),
-        (Kind::Weight, Precision::Bf16) => {
-            for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
-                out.copy_from_slice(&split_f32(value).0.to_ne_bytes());
+/// Fills a group's weights by `draw(first_element, out)`, from many threads at once; its other states with zeros.
+fn fill_group(runtime: &Runtime, group: GroupId, draw: impl Fn(usize, &mut [f32]) + Sync) -> Result<(), Error> {
+    let layout = runtime.layout();
+    let precision = layout.precision();
+    let (mut weights, mut zeros) = (Vec::new(), Vec::new());
+    for &kind in precision.persistent_kinds() {
+        let chunks = layout.group_chunks(group, kind);
+        match kind {
+            Kind::Weight | Kind::Low | Kind::Master => weights.extend_from_slice(chunks),
+            Kind::Momentum | Kind::Variance | Kind::Gradient => zeros.extend_from_slice(chunks),
+        }
+    }
+    runtime.initialise(&weights, |payloads| match (precision, payloads) {
+        (Precision::Bf16, [weight, low]) => write(&draw, 0, (Kind::Weight, weight), Some((Kind::Low, low))),
+        (Precision::Fp16, [weight, masters @ ..]) => {
+            let part = layout.part_elements();
+            for ((index, weight), master) in weight.chunks_mut(2 * part).enumerate().zip(masters) {
+                write(&draw, index * part, (Kind::Weight, weight), Some((Kind::Master, master)));
             }
         }
-        (Kind::Weight, Precision::Fp16) => {
-            for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
-                out.copy_from_slice(&narrow_fp16(value).to_ne_bytes());
-            }
+        (_, payloads) => payloads.iter_mut().for_each(|weight| write(&draw, 0, (Kind::Master, weight), None)),
+    })?;
+    zeros.into_iter().try_for_each(|chunk| Ok(runtime.clear(&[chunk])?))
+}
+
+/// Writes elements from `first` on to one or two kinds of them.
+fn write(
+    draw: &(impl Fn(usize, &mut [f32]) + Sync),
+    first: usize,
+    (kind, bytes): (Kind, &mut [u8]),
+    other: Option<(Kind, &mut [u8])>,
+) {
+    let size = |kind: Kind| if kind == Kind::Master { 4 } else { 2 };
+    let elements = bytes.len() / size(kind);
+    let pieces = bytes.par_chunks_mut(DRAWN_AT_ONCE * size(kind)).enumerate();
+    let draw_piece = |piece: usize| {
+        let start = piece * DRAWN_AT_ONCE;
+        let mut values = vec![0f32; DRAWN_AT_ONCE.min(elements - start)];
+        draw(first + start, &mut values);
+        values
+    };
+    match other {
+        Some((second, others)) => {
+            pieces.zip(others.par_chunks_mut(DRAWN_AT_ONCE * size(second))).for_each(|((piece, bytes), others)| {
+                let values = draw_piece(piece);
+                encode(kind, second, &values, bytes);
+                encode(second, kind, &values, others);
+            });
         }
-        (Kind::Master, _) => {
-            for (out, &value) in bytes.chunks_exact_mut(4).zip(values) {
-                out.copy_from_slice(&value.to_ne_bytes());
-            }
-        }
-        (Kind::Low, _) => {
-            for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
-                out.copy_from_slice(&split_f32(value).1.to_ne_bytes());
-            }
-        }
-        _ => bytes.fill(0),
+        None => pieces.for_each(|(piece, bytes)| encode(kind, kind, &draw_piece(piece), bytes)),
+    }
+}
+
+/// Writes `values` as `kind` stores them beside `other`.
+fn encode(kind: Kind, other: Kind, values: &[f32], bytes: &mut [u8]) {
+    match (kind, other) {
+        (Kind::Weight, Kind::Low) => halves(values, bytes, |value| split_f32(value).0),
+        (Kind::Low, _) => halves(values, bytes, |value| split_f32(value).1),
+        (Kind::Weight, _) => halves(values, bytes, narrow_fp16),
+        _ => bytes.copy_from_slice(bytemuck::cast_slice(values)),
+    }
+}
+
+fn halves(values: &[f32], bytes: &mut [u8], narrow: impl Fn(f32) -> u16) {
+    for (out, &value) in bytes.chunks_exact_mut(2).zip(values) {
+        out.copy_from_slice(&narrow(value).to_ne_bytes());
     }
 }
 

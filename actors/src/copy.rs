@@ -40,9 +40,13 @@ impl CopyStream {
             self.shared.health.fault_point(self.name);
             let kind = self.shared.layout.chunk(claimed.chunk).kind;
             let start = self.shared.timeline.now().saturating_sub(time);
-            self.shared.timeline.span(self.track(), start, Some((claimed.chunk, kind)), self.shared.chunk_bytes(), || {
-                format!("{} {kind}", verb(claimed.reason))
-            });
+            self.shared.timeline.span(
+                self.track(),
+                start,
+                Some((claimed.chunk, kind)),
+                self.shared.chunk_bytes(),
+                || format!("{} {kind}", verb(claimed.reason)),
+            );
             self.shared.lock().complete_move(id, time)?;
             self.shared.changed.notify_all();
             self.shared.ring();
@@ -85,7 +89,12 @@ impl CopyStream {
     ) -> Result<Duration, RuntimeError> {
         let events: Vec<Event> = {
             let table = self.shared.lock();
-            claimed.from.into_iter().chain([claimed.to]).filter_map(|(tier, slot)| table.slot_event(tier, slot)).collect()
+            claimed
+                .from
+                .into_iter()
+                .chain([claimed.to])
+                .filter_map(|(tier, slot)| table.slot_event(tier, slot))
+                .collect()
         };
         let stream = match &mut self.stream {
             Some(stream) => stream,

@@ -34,6 +34,7 @@ pub mod runtime;
 pub mod schedule;
 mod shared;
 mod shell;
+mod split;
 pub mod stats;
 mod supervisor;
 mod system;
@@ -42,7 +43,7 @@ pub mod timeline;
 pub mod types;
 mod updates;
 
-pub use placement::{Side, spread_sides};
+pub use placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 pub use reader::ChunkReader;
 pub use shared::{EvictionPolicy, Lease};
 pub use system::Retune;

@@ -1,5 +1,7 @@
 //! Where each group is stepped and where its states live meanwhile.
 
+use std::time::Duration;
+
 use serde::Serialize;
 
 use crate::types::Tier;
@@ -46,6 +48,129 @@ pub fn spread_sides(groups: u32, resident: u32, streamed: u32) -> Vec<Side> {
         .collect()
 }
 
+/// What a split has to share out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SplitWork {
+    /// Groups that do not live on the device.
+    pub groups: u32,
+    /// Chunks of a group that stay across steps, of which one is the weight.
+    pub persistent: u32,
+    /// All updates wait for the last gradient, and the next forward pass for them.
+    pub together: bool,
+}
+
+/// What the parts of a step cost, as measured or estimated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SplitCosts {
+    /// Forward, recompute and backward without any wait.
+    pub compute: Duration,
+    /// The share of `compute` before the first gradient.
+    pub forward_share: f64,
+    /// The update of a group by the host's cores.
+    pub host_step: Duration,
+    /// A chunk on its way to the device, while others come back.
+    pub to_device: Duration,
+    /// A chunk on its way back.
+    pub to_host: Duration,
+}
+
+impl SplitCosts {
+    /// Predicted time of a step in which `streamed` groups pass through the device: computing, copying and stepping in host
+    /// memory overlap, so the longest counts.
+    pub fn step(&self, work: &SplitWork, streamed: u32) -> Duration {
+        let of = |count: u32, each: Duration| each * count;
+        let on_host = work.groups.saturating_sub(streamed);
+        // Each pass brings the weights that do not live on the device.
+        let (forward, backward) =
+            (self.compute.mul_f64(self.forward_share), self.compute.mul_f64(1.0 - self.forward_share));
+        let weights = of(work.groups, self.to_device);
+        let states = of(streamed * (work.persistent - 1), self.to_device);
+        let gradients = of(on_host, self.to_host);
+        let back = of(streamed * work.persistent, self.to_host);
+        let host = of(on_host, self.host_step);
+        if work.together {
+            return forward.max(host).max(weights + states).max(back) + backward.max(weights).max(gradients);
+        }
+        // Updates run under the backward pass and under the next forward pass, which begins with what was updated last.
+        (forward.max(weights) + backward.max(weights + states)).max(host).max(gradients + back)
+    }
+
+    /// The number of streamed groups, up to `most`, with which a step is predicted to be shortest; the fewest of equals.
+    pub fn best_streamed(&self, work: &SplitWork, most: u32) -> u32 {
+        (0..=most.min(work.groups)).min_by_key(|&streamed| (self.step(work, streamed), streamed)).unwrap_or(0)
+    }
+}
+
+/// Sides of groups under a budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// Groups that live on the device.
+    pub resident: u32,
+    /// Groups that pass through it.
+    pub streamed: u32,
+}
+
+/// Device chunks that a split may count on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SplitRoom {
+    /// Chunks that the budget allows.
+    pub slots: u32,
+    /// Chunks of the largest access.
+    pub working_set: u32,
+    /// Groups of the model.
+    pub groups: u32,
+    /// Chunks of a group that stay across steps.
+    pub persistent: u32,
+    /// All gradients live until the last one is known.
+    pub together: bool,
+}
+
+impl SplitRoom {
+    /// Slots for one access and the one fetched beside it.
+    fn passing(&self) -> u32 {
+        2 * self.working_set
+    }
+
+    /// Slots of one group on its way through the device while the next one comes.
+    fn stream(&self) -> u32 {
+        2 * (self.persistent + 1)
+    }
+
+    fn resident_beside(&self, reserve: u32) -> u32 {
+        let each = self.persistent + u32::from(self.together);
+        (self.slots.saturating_sub(reserve) / each.max(1)).min(self.groups)
+    }
+
+    /// Groups that may live on the device if all others are stepped on the host.
+    pub fn most_resident(&self) -> u32 {
+        self.resident_beside(self.passing())
+    }
+
+    /// As many as may live on the device while others pass through it.
+    pub fn resident_beside_a_stream(&self) -> u32 {
+        let all = self.most_resident();
+        if all == self.groups { all } else { self.resident_beside(self.passing() + self.stream()) }
+    }
+
+    /// The split that `costs` favour.
+    pub fn split(&self, costs: &SplitCosts) -> Split {
+        let without = Split { resident: self.most_resident(), streamed: 0 };
+        if without.resident == self.groups || self.slots < self.passing() + self.stream() {
+            return without;
+        }
+        let work = |resident: u32| SplitWork {
+            groups: self.groups - resident,
+            persistent: self.persistent,
+            together: self.together,
+        };
+        let resident = self.resident_beside_a_stream();
+        let beside = work(resident);
+        let streamed = costs.best_streamed(&beside, beside.groups);
+        let gain = costs.step(&work(without.resident), 0) > costs.step(&beside, streamed);
+        if streamed > 0 && gain { Split { resident, streamed } } else { without }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -71,5 +196,47 @@ mod tests {
                 }
             }
         }
+    }
+
+    fn costs(host_ms: u64, chunk_ms: u64) -> SplitCosts {
+        SplitCosts {
+            compute: Duration::from_millis(1000),
+            forward_share: 0.25,
+            host_step: Duration::from_millis(host_ms),
+            to_device: Duration::from_millis(chunk_ms),
+            to_host: Duration::from_millis(chunk_ms),
+        }
+    }
+
+    #[test]
+    fn the_host_gets_what_it_can_do_in_time_and_the_link_the_rest() {
+        let work = SplitWork { groups: 32, persistent: 6, together: false };
+        // The host alone hides under compute: nothing is streamed.
+        assert_eq!(costs(20, 5).best_streamed(&work, 32), 0);
+        // It does not: as few as bring it under.
+        let streamed = costs(40, 5).best_streamed(&work, 32);
+        assert_eq!(streamed, 7);
+        assert_eq!(costs(40, 5).step(&work, streamed), Duration::from_millis(1000));
+        // A slow link makes streaming pointless, however slow the host.
+        assert_eq!(costs(40, 60).best_streamed(&work, 32), 0);
+        // When updates wait for the last gradient both sides share the forward pass.
+        let together = SplitWork { together: true, ..work };
+        let both = costs(40, 5).best_streamed(&together, 32);
+        assert!(both > streamed, "{both}");
+        assert!(costs(40, 5).step(&together, both) < costs(40, 5).step(&together, 0));
+    }
+
+    #[test]
+    fn residents_leave_room_for_what_passes() {
+        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false };
+        assert_eq!(room.split(&costs(1, 5)), Split { resident: 8, streamed: 0 });
+        let split = room.split(&costs(60, 5));
+        assert_eq!(split.resident, (60 - 8 - 14) / 6);
+        assert!(split.streamed > 0);
+        // With everything on the device nothing passes, and a small device cannot afford it.
+        assert_eq!(SplitRoom { slots: 400, ..room }.split(&costs(60, 5)), Split { resident: 32, streamed: 0 });
+        assert_eq!(SplitRoom { slots: 12, ..room }.split(&costs(60, 5)), Split { resident: 0, streamed: 0 });
+        // Gradients that wait for the last one take a slot each.
+        assert_eq!(SplitRoom { together: true, ..room }.most_resident(), 7);
     }
 }

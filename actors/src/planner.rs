@@ -160,7 +160,9 @@ impl<'a> Planner<'a> {
         let layout = &self.shared.layout;
         let leased = || self.table.entries.iter().any(|entry| entry.leases.iter().any(|&leases| leases > 0));
         let somebody_waits = self.table.compute_waits || !self.table.requests.is_empty();
-        let Some(first) = active.first().filter(|_| somebody_waits && self.table.moves.is_empty()) else { return Ok(()) };
+        let Some(first) = active.first().filter(|_| somebody_waits && self.table.moves.is_empty()) else {
+            return Ok(());
+        };
         let update_can_begin = || {
             let due = [Tier::Device, Tier::Host].into_iter().flat_map(|tier| self.due(tier));
             due.into_iter().any(|request| self.table.obstacle(&request, layout).is_none())

@@ -15,11 +15,12 @@ use crate::health::{ActorName, ActorStatus, Health};
 use crate::idle::IdleTime;
 use crate::memory::{Arena, Backend, DiskTier, SlotAllocator};
 use crate::monitor::{MemoryProbe, NonModel};
-use crate::placement::Side;
+use crate::placement::{Side, SplitCosts, SplitRoom};
 use crate::reader::ChunkReader;
 use crate::reduction::GradientReady;
 use crate::schedule::{StaticSet, Trace, TraceRecorder};
 use crate::shared::{EvictionPolicy, Lease, Plan, Shared, StepLedger};
+use crate::split::Splitter;
 use crate::stats::{StallCause, Stats, TierUse};
 use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
 use crate::table::{Access, Requester, Table};
@@ -44,6 +45,9 @@ pub struct RuntimeConfig {
     pub eviction: EvictionPolicy,
     /// Where each group is stepped.
     pub sides: Vec<Side>,
+    /// For groups that may change sides while training: device slots and working set as planned, and what the parts of a
+    /// step are estimated to cost until they have been measured.
+    pub split: Option<(SplitRoom, SplitCosts)>,
     /// Adam's constants.
     pub adam: AdamConfig,
     /// Global-norm clipping; 0 for none.
@@ -68,6 +72,9 @@ pub struct Runtime {
     gradient_uses: Vec<u32>,
     step: StepState,
     recorder: Option<TraceRecorder>,
+    splitter: Option<Splitter>,
+    /// Sides that groups take once no update of theirs is pending.
+    sides: Vec<Side>,
     device: Bytes,
     device_peak: Bytes,
 }
@@ -218,6 +225,8 @@ impl Runtime {
             before: Stats::default(),
         };
         let device = config.device;
+        let parameters = shared.layout.parameters();
+        let splitter = config.split.map(|(room, costs)| Splitter::new(room, costs, &config.sides, parameters));
         Ok(Runtime {
             system,
             shared,
@@ -226,6 +235,8 @@ impl Runtime {
             gradient_uses,
             step,
             recorder: None,
+            splitter,
+            sides: config.sides,
             device,
             device_peak: Bytes(0),
         })
@@ -236,14 +247,39 @@ impl Runtime {
         &self.shared.layout
     }
 
-    /// Fills a chunk before training: `fill` gets its bytes, zeroed.
-    pub fn initialise(&self, chunk: ChunkId, fill: impl FnOnce(&mut [u8])) -> Result<(), RuntimeError> {
-        let lease = self.shared.lease(Requester::Optimizer, Tier::Host, vec![(chunk, Access::Fresh)])?;
+    /// Fills chunks of one group before training: `fill` gets their bytes, zeroed. They end up where the group is stepped.
+    pub fn initialise(&self, chunks: &[ChunkId], fill: impl FnOnce(&mut [&mut [u8]])) -> Result<(), RuntimeError> {
+        let lease = self.lease_all(chunks, Tier::Host, Access::Fresh)?;
         let bytes = self.shared.chunk_bytes().0 as usize;
-        // SAFETY: the lease gives this thread the whole slot alone.
-        let payload = unsafe { std::slice::from_raw_parts_mut(lease.address(0), bytes) };
-        fill(payload);
-        lease.release(Pass::Other)
+        let mut payloads: Vec<&mut [u8]> = (0..chunks.len())
+            // SAFETY: the lease gives this thread the whole slots alone, and they do not overlap.
+            .map(|index| unsafe { std::slice::from_raw_parts_mut(lease.address(index), bytes) })
+            .collect();
+        fill(&mut payloads);
+        lease.release(Pass::Other)?;
+        match self.home(chunks) {
+            Tier::Device => self.lease_all(chunks, Tier::Device, Access::Write)?.release(Pass::Other),
+            Tier::Host | Tier::Disk => Ok(()),
+        }
+    }
+
+    /// Fills chunks of one group with zeros before training, where the group is stepped.
+    pub fn clear(&self, chunks: &[ChunkId]) -> Result<(), RuntimeError> {
+        self.lease_all(chunks, self.home(chunks), Access::Fresh)?.release(Pass::Other)
+    }
+
+    fn lease_all(&self, chunks: &[ChunkId], tier: Tier, access: Access) -> Result<Lease, RuntimeError> {
+        let chunks = chunks.iter().map(|&chunk| (chunk, access)).collect();
+        self.shared.lease(Requester::Optimizer, tier, chunks)
+    }
+
+    /// The tier in which the states of a group stay between steps, given by its first chunk.
+    fn home(&self, chunks: &[ChunkId]) -> Tier {
+        let group = chunks.first().map(|&chunk| self.shared.layout.chunk(chunk).group);
+        match group.map(|group| self.shared.lock().group(group).side) {
+            Some(Side::Resident) => Tier::Device,
+            _ => Tier::Host,
+        }
     }
 
     /// Reads chunks of one group, wherever they are, in host memory; waits for pending updates.
@@ -267,6 +303,12 @@ impl Runtime {
             let mut table = self.shared.lock();
             for (group, &uses) in table.groups.iter_mut().zip(&self.gradient_uses) {
                 group.gradient_uses_left = uses;
+            }
+            // An update that is under way ends on the side where it began.
+            for (group, &side) in table.groups.iter_mut().zip(&self.sides) {
+                if group.pending_update.is_none() {
+                    group.side = side;
+                }
             }
             table.now = Moment(0);
         }
@@ -382,9 +424,15 @@ impl Runtime {
             (ledger.norm.unwrap_or(0.0), ledger.overflow)
         };
         let stats = self.stats().since(&self.step.before);
+        let elapsed = self.step.began.elapsed();
+        if let Some(splitter) = &mut self.splitter
+            && let Some(sides) = splitter.after(&stats, elapsed, self.shared.lowest_budget())
+        {
+            self.sides = sides;
+        }
         Ok(StepStats {
             step: self.step.start.step,
-            elapsed: self.step.began.elapsed(),
+            elapsed,
             gradient_norm,
             overflow,
             stats,

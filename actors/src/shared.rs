@@ -12,9 +12,9 @@ use crate::error::RuntimeError;
 use crate::health::Health;
 use crate::idle::IdleTime;
 use crate::memory::{Backend, DeviceMath, DiskTier, Event, Slab, SlotIndex};
+use crate::reduction::StepGroup;
 use crate::schedule::{Policy, StaticSet, Trace};
 use crate::stats::StallCause;
-use crate::reduction::StepGroup;
 use crate::system::Ring;
 use crate::table::{Access, Request, RequestId, Requester, Table};
 use crate::timeline::{Timeline, Track};
@@ -248,6 +248,13 @@ impl Shared {
         let _ = self.update_bells[usize::from(tier != Tier::Device)].try_send(UpdateDue);
         // Its chunks may have to be brought.
         self.ring();
+    }
+
+    /// Device slots in the moment of a step that leaves least to chunks.
+    pub fn lowest_budget(&self) -> u32 {
+        let budgets = self.moment_budgets.read().unwrap_or_else(PoisonError::into_inner);
+        let lowest = budgets.as_ref().and_then(|budgets| budgets.iter().copied().min());
+        lowest.unwrap_or_else(|| self.lock().budget[Tier::Device.index()])
     }
 
     /// What the device waited for since the start.

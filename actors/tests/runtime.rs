@@ -112,6 +112,7 @@ impl Model {
             disk_path: disk,
             eviction: EvictionPolicy { policy: case.policy, prefetch: case.prefetch },
             sides,
+            split: None,
             adam: AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true },
             clip_norm: case.clip_norm,
             mailbox: 4,
@@ -133,11 +134,13 @@ impl Model {
             let (chunk, kind) = (ChunkId(index as u32), info.kind);
             let group = info.group;
             let first = info.part as usize * layout.part_elements();
-            model.runtime.initialise(chunk, |bytes| match kind {
-                Kind::Weight => fill(bytes, group, 0, case.precision),
-                Kind::Master => fill(bytes, group, first, Precision::Fp32),
-                _ => {}
-            })?;
+            match kind {
+                Kind::Weight => model.runtime.initialise(&[chunk], |bytes| fill(bytes[0], group, 0, case.precision))?,
+                Kind::Master => {
+                    model.runtime.initialise(&[chunk], |bytes| fill(bytes[0], group, first, Precision::Fp32))?;
+                }
+                _ => model.runtime.clear(&[chunk])?,
+            }
         }
         Ok(model)
     }
@@ -300,8 +303,13 @@ fn states_are_the_same_bits_from_disk() {
 
 #[test]
 fn every_actor_may_die_in_the_middle_of_its_work() {
-    let base =
-        Case { device_slots: 9, host_slots: 14, disk_slots: 100, sides: (1, 3), ..Case::resident(Precision::Fp32, 1.0) };
+    let base = Case {
+        device_slots: 9,
+        host_slots: 14,
+        disk_slots: 100,
+        sides: (1, 3),
+        ..Case::resident(Precision::Fp32, 1.0)
+    };
     let reference = train(&Case::resident(Precision::Fp32, 1.0));
     // The monitor works once, after the warm-up step, so its panic is planted through a retune below.
     for actor in ActorName::ALL.into_iter().filter(|&actor| actor != ActorName::Monitor) {

@@ -5,14 +5,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use patrickstar_actors::EvictionPolicy;
-use patrickstar_actors::Placement;
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::runtime::RuntimeConfig;
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::types::{Bytes, Kind, Tier};
+use patrickstar_actors::{EvictionPolicy, Split, SplitRoom};
 use serde::Serialize;
 
 use crate::config::{self, Config, OptimizerKind, Recompute, Size};
@@ -23,6 +22,7 @@ use crate::train::program::Program;
 
 mod bound;
 mod predict;
+mod split;
 mod text;
 mod verdict;
 
@@ -73,14 +73,16 @@ pub struct Plan {
     pub flops: Option<f64>,
     /// Bytes the optimizer streams through host memory in a step.
     pub optimizer_bytes: Bytes,
-    /// Groups stepped on the device.
-    pub device_groups: u32,
+    /// Groups that live on the device, and groups that pass through it to be stepped; the others are stepped in host memory.
+    pub split: Split,
     /// Why it does not fit, and what would make it fit.
     pub problems: Vec<String>,
     #[serde(skip)]
     layout: Layout,
     #[serde(skip)]
     slots: Slots,
+    #[serde(skip)]
+    room: SplitRoom,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -151,10 +153,11 @@ impl Plan {
             device_to_host: Bytes(0),
             flops: None,
             optimizer_bytes: Bytes(0),
-            device_groups: 0,
+            split: Split { resident: 0, streamed: 0 },
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
+            room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false },
         };
         plan.flops = configured_model(config, program).map(|model| {
             gpt2::model_flops(&model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
@@ -166,22 +169,10 @@ impl Plan {
     fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let chunk = self.chunk.0;
         let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
-        let groups = self.layout.group_count() as u32;
-        let persistent: u32 =
-            self.layout.precision().persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum();
         let device = slots(config.memory.device.0.saturating_sub(non_model.0)).min(self.chunks);
-        self.device_groups = match config.actors.optimizer.placement {
-            config::Placement::Device => groups,
-            config::Placement::Host => 0,
-            config::Placement::Hybrid => {
-                (device.saturating_sub(2 * self.working_set_chunks) / persistent.max(1)).min(groups)
-            }
-        };
-        // With clipping every gradient is alive until the norm is known.
-        let gradients = groups;
-        // Staging for a chunk on its way out while another is on its way in.
-        let spare = 2;
-        let wanted = persistent * groups + gradients + spare;
+        self.room = self.room(config, device);
+        self.split = self.split(config, &self.room);
+        let (needed, wanted) = self.host_slots(&self.room, config.memory.device);
         let available = match available_host_memory() {
             Available::Known(bytes) => bytes.0 / 10 * 9,
             Available::Unknown => u64::MAX,
@@ -193,8 +184,8 @@ impl Plan {
         let host = slots(host_capacity).min(wanted);
         let disk = slots(config.memory.disk.0).min(wanted);
         self.slots = Slots { host, disk };
-        self.verify(config, wanted, persistent, device, host, disk);
-        self.predict(config, program, non_model, device, host.min(wanted));
+        self.verify(config, needed);
+        self.predict(config, program, non_model);
     }
 
     /// Where tensors lie.
@@ -225,12 +216,9 @@ impl Plan {
                 policy: runtime_policy(config.actors.eviction.policy),
                 prefetch: config.actors.eviction.prefetch as u32,
             },
-            placement: match config.actors.optimizer.placement {
-                config::Placement::Device => Placement::Device,
-                config::Placement::Host => Placement::Host,
-                config::Placement::Hybrid => Placement::Hybrid,
-            },
-            working_set: self.working_set_chunks,
+            sides: self.sides(),
+            split: (is_cuda(&config.compute) && config.actors.optimizer.placement == config::Placement::Hybrid)
+                .then(|| (self.room, self.costs(config))),
             adam: AdamConfig {
                 beta1: train.beta1,
                 beta2: train.beta2,

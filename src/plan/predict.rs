@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use patrickstar_actors::Split;
 use patrickstar_actors::chunk::Layout;
 use patrickstar_actors::schedule::{Event, Setup, Trace, TraceRecorder, simulate_observed};
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
@@ -11,35 +12,53 @@ use crate::config::Config;
 use crate::train::program::Program;
 
 impl Plan {
-    pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes, device: u32, host: u32) {
-        let trace = synthetic_trace(program, &self.layout);
+    pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let layout = &self.layout;
+        let (slots, persistent) = (self.room.slots, self.room.persistent);
+        let Split { resident, streamed } = self.split;
+        let lives_there = |chunk: ChunkId| {
+            let info = layout.chunk(chunk);
+            info.kind != Kind::Gradient && info.group.0 < resident
+        };
+        let trace = synthetic_trace(program, layout, &lives_there);
         let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
         let setup = Setup {
             policy: runtime_policy(config.actors.eviction.policy),
-            slots: device as usize,
+            slots: slots.saturating_sub(persistent * resident) as usize,
             prefetch_depth: config.actors.eviction.prefetch as u32,
             steps: 2,
             writes: &writes,
         };
         let groups = layout.group_count() as u64;
+        let away = groups - u64::from(resident);
         let mut peak = PeakByKind::default();
         let observed = simulate_observed(&trace, &setup, &mut |event| peak.observe(event, layout));
         // A working set that does not fit is one of the plan's problems already.
         if let Ok(report) = observed {
             let fetched_weights = (report.fetches / 2).saturating_sub(groups);
-            self.host_to_device = Bytes(fetched_weights * self.chunk.0);
-            self.device_to_host = Bytes((groups - u64::from(self.device_groups).min(groups)) * self.chunk.0);
+            let (streamed, persistent) = (u64::from(streamed), u64::from(persistent));
+            self.host_to_device = Bytes((fetched_weights + streamed * (persistent - 1)) * self.chunk.0);
+            self.device_to_host = Bytes((away - streamed.min(away) + streamed * persistent) * self.chunk.0);
+            let mut peak_by_kind = peak.bytes(self.chunk);
+            for &kind in layout.precision().persistent_kinds() {
+                let bytes = u64::from(layout.parts(kind) * resident) * self.chunk.0;
+                match peak_by_kind.iter_mut().find(|(other, _)| *other == kind) {
+                    Some((_, sum)) => sum.0 += bytes,
+                    None if bytes > 0 => peak_by_kind.push((kind, Bytes(bytes))),
+                    None => {}
+                }
+            }
+            let used = (report.peak_slots as u64 + u64::from(resident) * persistent).min(u64::from(slots));
             self.tiers.push(TierPlan {
                 tier: Tier::Device,
                 capacity: config.memory.device,
-                chunk_budget: Bytes(u64::from(device) * self.chunk.0),
-                chunk_peak: Bytes(report.peak_slots as u64 * self.chunk.0),
-                peak_by_kind: peak.bytes(self.chunk),
+                chunk_budget: Bytes(u64::from(slots) * self.chunk.0),
+                chunk_peak: Bytes(used * self.chunk.0),
+                peak_by_kind,
                 non_model,
             });
         }
-        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
+        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * away * self.chunk.0));
         let kinds: Vec<(Kind, Bytes)> = layout
             .precision()
             .persistent_kinds()
@@ -48,7 +67,7 @@ impl Plan {
             .chain([per_kind(Kind::Gradient)])
             .collect();
         let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
-        let host_bytes = Bytes(u64::from(host) * self.chunk.0);
+        let host_bytes = Bytes(u64::from(self.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Host,
             capacity: host_bytes,
@@ -73,7 +92,7 @@ impl Plan {
             Precision::Bf16 => 26,
             Precision::Fp16 => 28,
         };
-        let host_share = 1.0 - f64::from(self.device_groups) / groups.max(1) as f64;
+        let host_share = (away - u64::from(streamed).min(away)) as f64 / groups.max(1) as f64;
         self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);
     }
 }
@@ -108,12 +127,12 @@ impl PeakByKind {
     }
 }
 
-/// The accesses of a step, as the engine will make them.
-fn synthetic_trace(program: &Program, layout: &Layout) -> Trace {
+/// The accesses of a step, as the engine will make them, without chunks that never move.
+fn synthetic_trace(program: &Program, layout: &Layout, lives_there: &dyn Fn(ChunkId) -> bool) -> Trace {
     let mut recorder = TraceRecorder::new();
     let last = program.uses.len() - 1;
     let ids = |access: Vec<(ChunkId, patrickstar_actors::Access)>| -> Vec<ChunkId> {
-        access.into_iter().map(|(chunk, _)| chunk).collect()
+        access.into_iter().map(|(chunk, _)| chunk).filter(|&chunk| !lives_there(chunk)).collect()
     };
     for block in 0..last {
         recorder.access(&ids(program.forward_access(layout, block)));

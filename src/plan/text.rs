@@ -9,7 +9,7 @@ impl Plan {
     pub fn headline(&self) -> String {
         let device = self.tiers.first();
         format!(
-            "{} parameters, {} of states in {} chunks of {} ({:.1} % waste); device {} ({} for chunks), {} groups stepped there",
+            "{} parameters, {} of states in {} chunks of {} ({:.1} % waste); device {} ({} for chunks); of {} groups {} live there, {} pass through to be stepped",
             self.parameters,
             self.model_states,
             self.chunks,
@@ -17,7 +17,9 @@ impl Plan {
             100.0 * self.waste,
             device.map_or(Bytes(0), |tier| tier.capacity),
             device.map_or(Bytes(0), |tier| tier.chunk_budget),
-            self.device_groups,
+            self.layout.group_count(),
+            self.split.resident,
+            self.split.streamed,
         )
     }
 

@@ -6,10 +6,11 @@ use super::Plan;
 use crate::config::{Config, Placement};
 
 impl Plan {
-    pub(super) fn verify(&mut self, config: &Config, wanted: u32, persistent: u32, device: u32, host: u32, disk: u32) {
+    pub(super) fn verify(&mut self, config: &Config, needed: u32) {
         let chunk = self.chunk.0;
         let bytes = |slots: u32| Bytes(u64::from(slots) * chunk);
-        let stepped_on_device = persistent + 1;
+        let (device, host, disk) = (self.room.slots, self.slots.host, self.slots.disk);
+        let stepped_on_device = self.room.persistent + 1;
         let device_need = match config.actors.optimizer.placement {
             Placement::Device => self.working_set_chunks.max(stepped_on_device),
             Placement::Host | Placement::Hybrid => self.working_set_chunks,
@@ -24,19 +25,20 @@ impl Plan {
                 Bytes(non_model),
             ));
         }
-        let host_need = (persistent + 1).max(self.working_set_chunks) + 2;
-        if host < host_need.min(wanted) {
+        let host_need = (self.room.persistent + 1).max(self.working_set_chunks) + 2;
+        if host < host_need.min(needed) {
             self.problems.push(format!(
                 "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",
                 bytes(host),
                 bytes(host_need),
                 bytes(host_need),
             ));
-        } else if host + disk < wanted {
-            let missing = bytes(wanted - host - disk);
+        } else if host + disk < needed {
+            let missing = bytes(needed - host - disk);
             self.problems.push(format!(
-                "all states and gradients need {}, host and disk have {}: raise memory.host or memory.disk by {missing}",
-                bytes(wanted),
+                "states and gradients beside the device need {}, host and disk have {}: raise memory.host or memory.disk by {missing}, \
+                 or raise memory.device",
+                bytes(needed),
                 bytes(host + disk),
             ));
         }

@@ -113,7 +113,7 @@ impl Engine {
         }
         let chunk_bytes = layout.chunk_bytes().0 as usize;
         for (&chunk, part) in layout.group_chunks(group, kind).iter().zip(values.chunks(chunk_bytes)) {
-            self.runtime().initialise(chunk, |bytes| bytes[..part.len()].copy_from_slice(part))?;
+            self.runtime().initialise(&[chunk], |payloads| payloads[0][..part.len()].copy_from_slice(part))?;
         }
         Ok(())
     }

@@ -1,0 +1,112 @@
+//! The split of groups between sides while training: chosen from what the parts of a step were measured to cost, and again
+//! when the device's budget changes. The bits do not depend on it.
+
+use std::time::Duration;
+
+use crate::placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
+use crate::stats::{Direction, Stats};
+
+/// Steps after which the split is chosen anew: the first is the warm-up, and its successor still works it off; one more
+/// look shows what the new split costs.
+const CHOSEN_AFTER: [u64; 2] = [3, 6];
+/// A split is only left for one predicted to be faster by this part: moving groups costs a step.
+const WORTH_IT: f64 = 0.03;
+
+/// Chooses sides.
+#[derive(Clone, Debug)]
+pub(crate) struct Splitter {
+    room: SplitRoom,
+    costs: SplitCosts,
+    split: Split,
+    steps: u64,
+    /// Parameters of a group, on average.
+    parameters: f64,
+}
+
+impl Splitter {
+    pub fn new(room: SplitRoom, costs: SplitCosts, sides: &[Side], parameters: u64) -> Self {
+        let count = |side: Side| sides.iter().filter(|&&other| other == side).count() as u32;
+        let split = Split { resident: count(Side::Resident), streamed: count(Side::Streamed) };
+        Splitter { room, costs, split, steps: 0, parameters: parameters as f64 / f64::from(room.groups.max(1)) }
+    }
+
+    /// Takes note of a step, and returns new sides if others are better by now. `slots` is what the budget allows in the
+    /// moment that leaves least to chunks.
+    pub fn after(&mut self, stats: &Stats, elapsed: Duration, slots: u32) -> Option<Vec<Side>> {
+        self.steps += 1;
+        if self.steps > 1 {
+            self.measure(stats, elapsed);
+        }
+        let budget_changed = slots != self.room.slots;
+        // A budget is first known after the warm-up step; a smaller one leaves no choice.
+        self.room.slots = slots;
+        let too_many = self.split.resident > self.room.most_resident();
+        let again = CHOSEN_AFTER.contains(&self.steps) || budget_changed && self.steps > CHOSEN_AFTER[0];
+        if !(too_many || again) {
+            return None;
+        }
+        let best = self.room.split(&self.costs);
+        if best == self.split || !too_many && self.step(best) > self.step(self.split).mul_f64(1.0 - WORTH_IT) {
+            return None;
+        }
+        tracing::info!(?best, before = ?self.split, costs = ?self.costs, "groups change sides");
+        self.split = best;
+        Some(spread_sides(self.room.groups, best.resident, best.streamed))
+    }
+
+    fn step(&self, split: Split) -> Duration {
+        let work = SplitWork {
+            groups: self.room.groups.saturating_sub(split.resident),
+            persistent: self.room.persistent,
+            together: self.room.together,
+        };
+        self.costs.step(&work, split.streamed)
+    }
+
+    fn measure(&mut self, stats: &Stats, elapsed: Duration) {
+        let average = |old: Duration, new: Duration| (old + new) / 2;
+        self.costs.compute = average(self.costs.compute, elapsed.saturating_sub(stats.stall()));
+        let copy = |direction: Direction| {
+            let moves = stats.moves[direction as usize] as u32;
+            (moves > 0).then(|| stats.busy[direction as usize] / moves)
+        };
+        if let Some(each) = copy(Direction::HostToDevice) {
+            self.costs.to_device = average(self.costs.to_device, each);
+        }
+        if let Some(each) = copy(Direction::DeviceToHost) {
+            self.costs.to_host = average(self.costs.to_host, each);
+        }
+        if stats.stepped_on_host > 0 {
+            let each = stats.stepping_on_host.mul_f64(self.parameters / stats.stepped_on_host as f64);
+            self.costs.host_step = average(self.costs.host_step, each);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_host_hands_groups_to_the_device_and_a_small_budget_takes_residents() {
+        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false };
+        let ms = Duration::from_millis;
+        let costs =
+            SplitCosts { compute: ms(1000), forward_share: 0.25, host_step: ms(10), to_device: ms(5), to_host: ms(5) };
+        let split = room.split(&costs);
+        assert_eq!(split.streamed, 0);
+        let sides = spread_sides(32, split.resident, split.streamed);
+        let mut splitter = Splitter::new(room, costs, &sides, 32_000);
+        let mut stats = Stats { stepped_on_host: 24_000, stepping_on_host: ms(24 * 80), ..Stats::default() };
+        stats.moves[Direction::HostToDevice as usize] = 48;
+        stats.busy[Direction::HostToDevice as usize] = ms(48 * 5);
+        assert_eq!(splitter.after(&stats, ms(1000), 60), None);
+        assert_eq!(splitter.after(&stats, ms(1000), 60), None);
+        let sides = splitter.after(&stats, ms(1000), 60).expect("the host is too slow");
+        assert!(sides.contains(&Side::Streamed));
+        assert_eq!(splitter.after(&stats, ms(1000), 60), None);
+        // A neighbour takes most of the device.
+        let sides = splitter.after(&stats, ms(1000), 12).expect("residents must leave");
+        assert!(!sides.contains(&Side::Resident));
+    }
+}

@@ -1,6 +1,6 @@
 //! Attention on the GPU against the host's, over every time to 300 and every width of a head that kernels take.
 
-use patrickstar::model::ops;
+use patrickstar::model::ops::{self, Attention, Segments};
 use patrickstar_actors::types::Precision;
 
 use crate::compare::{compare, input};
@@ -28,7 +28,7 @@ fn every_time(precision: Precision) {
 fn every_width(precision: Precision) {
     let widths: Vec<usize> = (1..=32).map(|width| 8 * width).collect();
     for head in sizes(&widths) {
-        for time in [1, 64, 129, 257] {
+        for time in [1, 64, 81, 129, 225, 257] {
             check(precision, [2, time, 2, head]);
         }
     }
@@ -42,6 +42,11 @@ fn every_time_in_fp32() {
 #[test]
 fn every_time_in_bf16() {
     every_time(Precision::Bf16);
+}
+
+#[test]
+fn every_time_in_fp16() {
+    every_time(Precision::Fp16);
 }
 
 #[test]
@@ -70,6 +75,31 @@ fn many_tiles_and_long_sequences() {
         check(precision, [1, 2049, 1, 64]);
         check(precision, [9, 300, 8, 64]);
         check(precision, [2, 1100, 3, 128]);
+        for head in [136, 144, 192, 256] {
+            check(precision, [9, 300, 8, head]);
+            check(precision, [1, 1100, 2, head]);
+        }
+    }
+}
+
+/// Widths above 128 have tiles of their own.
+#[test]
+fn masks_of_wide_heads() {
+    for precision in PRECISIONS {
+        for (time, head) in [(225, 136), (300, 144), (257, 160), (337, 192), (161, 256)] {
+            for (heads, kv_heads) in [(2, 2), (3, 1)] {
+                let x = input(precision, &[2, time, (heads + 2 * kv_heads) * head]);
+                for (causal, window, packed) in
+                    [(false, None, false), (true, Some(17), false), (false, Some(130), true), (true, None, true)]
+                {
+                    let segments =
+                        packed.then(|| Segments::new(&[vec![1, 70, time - 71], vec![time - 113, 113]]).unwrap());
+                    let attention = Attention { heads, kv_heads, causal, window, segments };
+                    let name = format!("attention {heads}/{kv_heads} of {head}, {causal}, {window:?}, packed {packed}");
+                    compare(precision, &name, &x, &[], INNER, &|x, _, _| ops::attention(x, &attention));
+                }
+            }
+        }
     }
 }
 

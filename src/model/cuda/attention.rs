@@ -6,11 +6,15 @@ use candle_core::{DType, Result, Tensor, bail};
 use patrickstar_actors::cuda::{Arg, Grid};
 
 use super::ops::CudaOps;
-use super::tensor_map::{Heads, encode};
+use super::tensor_map::{Heads, MapBox, encode};
 use crate::model::ops::{Attention, Segments};
 
 /// Queries of a tile of the 16-bit kernels; row statistics are padded to it.
 const TILE: usize = 128;
+/// Rows and columns that a copy takes, unless a width says otherwise.
+const BOX: u32 = 64;
+/// Columns that a copy of the last panel takes where that has maps of its own.
+const TAIL: u32 = 16;
 const THREADS: u32 = 384;
 /// Rows of a tile of the fp32 kernels.
 const TILE_F32: usize = 32;
@@ -22,12 +26,14 @@ struct Width {
     backward_q: [&'static str; 2],
     backward_kv: [&'static str; 2],
     shared: [u32; 3],
+    /// Keys that a copy of the first kernel takes.
+    rows: u32,
     /// Keys of a tile of the last kernel.
     keys: usize,
 }
 
 macro_rules! width {
-    ($width:literal, $shared:expr, $keys:literal) => {
+    ($width:literal, $shared:expr, $rows:expr, $keys:literal) => {
         Width {
             width: $width,
             forward: [concat!("attention_forward_bf16_d", $width), concat!("attention_forward_f16_d", $width)],
@@ -37,17 +43,27 @@ macro_rules! width {
                 concat!("attention_backward_kv_f16_d", $width),
             ],
             shared: $shared,
+            rows: $rows,
             keys: $keys,
         }
     };
 }
 
-static WIDTHS: [Width; 4] = [
-    width!(64, [99_456, 99_584, 117_376], 128),
-    width!(96, [197_760, 197_888, 232_064], 128),
-    width!(128, [197_760, 197_888, 232_064], 128),
-    width!(256, [197_760, 197_760, 198_720], 64),
+static WIDTHS: [Width; 6] = [
+    width!(64, [99_456, 99_584, 117_376], BOX, 128),
+    width!(96, [197_760, 197_888, 232_064], BOX, 128),
+    width!(128, [197_760, 197_888, 232_064], BOX, 128),
+    width!(144, [222_336, 222_464, 232_192], 112, 64),
+    width!(192, [222_336, 222_464, 232_192], 112, 64),
+    width!(256, [230_528, 230_656, 231_680], 80, 64),
 ];
+
+impl Width {
+    /// Whether the last panel is so narrow that each operand has a second map for it.
+    fn has_tail(&self) -> bool {
+        self.width % BOX as usize == TAIL as usize
+    }
+}
 
 /// An fp32 width: names of forward and both backward kernels.
 static WIDTHS_F32: [(usize, [&str; 3]); 3] = [
@@ -121,8 +137,15 @@ impl Call {
         Heads { address: address + offset as u64, stride: self.packed(), heads }
     }
 
-    fn map(&self, heads: Heads) -> Result<Arg> {
-        encode(heads, (self.batch, self.time, self.head), self.dtype).map(Arg::Map)
+    /// The maps of a kernel's operands, each with the rows that a copy takes; then those of their tails.
+    fn maps(&self, width: &Width, operands: &[(Heads, u32)]) -> Result<Vec<Arg>> {
+        let columns: &[u32] = if width.has_tail() { &[BOX, TAIL] } else { &[BOX] };
+        let boxes = columns.iter().flat_map(|&columns| operands.iter().map(move |&operand| (columns, operand)));
+        boxes
+            .map(|(columns, (heads, rows))| {
+                encode(heads, (self.batch, self.time, self.head), self.dtype, MapBox { columns, rows }).map(Arg::Map)
+            })
+            .collect()
     }
 
     /// What all kernels take last: scale, causal, window, begin and end of each token's segment.
@@ -195,7 +218,8 @@ impl CudaOps {
             self.launch(&self.attention_f32, names[0], grid, &args)?;
         } else {
             let width = call.width()?;
-            let maps = [call.map(parts[0])?, call.map(parts[1])?, call.map(parts[2])?];
+            let [q, k, v] = parts;
+            let maps = call.maps(width, &[(q, BOX), (k, width.rows), (v, width.rows)])?;
             let args = [&maps[..], &out_args, &tail, &self.schedule()?].concat();
             let grid = self.grid(&call, TILE, call.heads, width.shared[0]);
             self.launch(&self.attention_forward, width.forward[call.which()], grid, &args)?;
@@ -238,7 +262,7 @@ impl CudaOps {
         let from = self.address(qkv)?;
         let [q, k, v] = PARTS.map(|part| call.part(from, part));
         let dout = Heads { address: self.address(dy)?, stride: call.hidden(), heads: call.heads };
-        let maps = [call.map(q)?, call.map(k)?, call.map(v)?, call.map(dout)?];
+        let maps = call.maps(width, &[q, k, v, dout].map(|operand| (operand, BOX)))?;
         let rows = [self.pointer(out)?, Arg::U64(call.hidden() as u64), self.pointer(lse)?];
         let to = self.address(dqkv)?;
         let [dq, dk, dv] = PARTS.map(|part| strided(&[call.part(to, part)]));

@@ -6,8 +6,12 @@ use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Result, bail};
 use patrickstar_actors::cuda::TensorMap;
 
-/// Rows and columns of a box: what the kernels' swizzle of 128 bytes wants.
-const BOX: [u32; 4] = [64, 64, 1, 1];
+/// What one copy takes. Rows of 128 bytes are what the kernels' swizzle wants: narrower ones lie as far apart.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MapBox {
+    pub columns: u32,
+    pub rows: u32,
+}
 
 /// A slice of a packed buffer: `heads` heads of `head_dim` elements, for every token of every sequence.
 #[derive(Clone, Copy, Debug)]
@@ -20,7 +24,12 @@ pub(super) struct Heads {
 }
 
 /// The map of a slice, as `attention_forward.cu` describes it.
-pub(super) fn encode(heads: Heads, (batch, time, head_dim): (usize, usize, usize), dtype: DType) -> Result<TensorMap> {
+pub(super) fn encode(
+    heads: Heads,
+    (batch, time, head_dim): (usize, usize, usize),
+    dtype: DType,
+    of: MapBox,
+) -> Result<TensorMap> {
     let kind = match dtype {
         DType::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
@@ -30,7 +39,7 @@ pub(super) fn encode(heads: Heads, (batch, time, head_dim): (usize, usize, usize
     let sizes = [head_dim as u64, time as u64, heads.heads as u64, batch as u64];
     let token = heads.stride as u64 * size;
     let strides = [token, head_dim as u64 * size, time as u64 * token];
-    let steps = [1u32; 4];
+    let (copied, steps) = ([of.columns, of.rows, 1, 1], [1u32; 4]);
     let mut map = TensorMap([0; 16]);
     // SAFETY: the arrays have the length of the rank, and the map the size and alignment of the driver's type.
     let status = unsafe {
@@ -41,7 +50,7 @@ pub(super) fn encode(heads: Heads, (batch, time, head_dim): (usize, usize, usize
             heads.address as *mut _,
             sizes.as_ptr(),
             strides.as_ptr(),
-            BOX.as_ptr(),
+            copied.as_ptr(),
             steps.as_ptr(),
             sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
             sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,

@@ -8,7 +8,7 @@
 //
 // stats is scratch, f32[2, batch, q_heads, time_padded], 16-byte aligned, with
 // time_padded = ceil(time / 128) * 128. Tensor maps, masks and the meaning of the arguments
-// are those of attention_forward.cu.
+// are those of attention_forward.cu; all boxes have 64 rows.
 #pragma once
 
 #include "attention_wgmma.cuh"
@@ -39,12 +39,14 @@ struct BackwardArguments {
 };
 
 struct BackwardMaps {
-  const TensorMap &q, &k, &v, &d_o;
+  OperandMap q, k, v, d_o;
+
+  template <int WIDTH>
   __device__ __forceinline__ void prefetch() const {
-    prefetch_map(q);
-    prefetch_map(k);
-    prefetch_map(v);
-    prefetch_map(d_o);
+    prefetch_maps<WIDTH>(q);
+    prefetch_maps<WIDTH>(k);
+    prefetch_maps<WIDTH>(v);
+    prefetch_maps<WIDTH>(d_o);
   }
 };
 

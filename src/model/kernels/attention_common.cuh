@@ -242,21 +242,52 @@ struct alignas(64) TensorMap {  // same size and alignment as the driver's CUten
 constexpr int PANEL = 64;             // 16-bit columns in one 128-byte swizzled row
 constexpr int PANEL_ROW_BYTES = 128;
 
+template <int WIDTH>
+constexpr int PANELS = (WIDTH + PANEL - 1) / PANEL;
+
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
 }
 
-constexpr int BOX_ROWS = 64;  // every tensor map copies boxes of 64 rows x 64 columns
+constexpr int MAX_SHARED_BYTES = 227 * 1024;  // of a block
+
+// Rows of a box, which has 64 columns: 64, or the whole tile if it is no multiple of 64.
+template <int ROWS>
+constexpr int BOX_ROWS = ROWS % 64 == 0 ? 64 : ROWS;
+
+// At width 144 the last panel holds 16 columns and has maps of its own, with boxes that narrow:
+// nothing is written that nobody reads. Its rows are 128 bytes apart all the same.
+constexpr int TAIL_COLUMNS = 16;
+template <int WIDTH>
+constexpr bool HAS_TAIL = WIDTH % PANEL == TAIL_COLUMNS;
+
+// The maps of one operand: of whole panels, and of the tail where a width has one.
+struct OperandMap {
+  const TensorMap &whole, &tail;
+};
+
+template <int WIDTH>
+__device__ __forceinline__ void prefetch_maps(const OperandMap& maps) {
+  prefetch_map(maps.whole);
+  if constexpr (HAS_TAIL<WIDTH>) prefetch_map(maps.tail);
+}
+
+// What a copy of ROWS rows adds to its barrier.
+template <int ROWS, int WIDTH>
+constexpr int COPIED_BYTES =
+    HAS_TAIL<WIDTH> ? ROWS * WIDTH * 2 : ROWS * PANELS<WIDTH> * PANEL_ROW_BYTES;
 
 // Copies rows [row, row + ROWS) of one head as ceil(WIDTH / 64) panels of ROWS x 128 bytes.
-// Rows past the end of the sequence and columns past the head dimension arrive as zeros.
+// Rows past the end of the sequence and columns past the head dimension arrive as zeros, but
+// behind the columns of a tail lies what was there before.
 template <int ROWS, int WIDTH>
-__device__ __forceinline__ void copy_tile(uint32_t target, const TensorMap& map,
+__device__ __forceinline__ void copy_tile(uint32_t target, const OperandMap& maps,
                                           uint32_t barrier, int row, int head, int batch) {
 #pragma unroll
   for (int column = 0; column < WIDTH; column += PANEL) {
+    const TensorMap& map = HAS_TAIL<WIDTH> && column + PANEL > WIDTH ? maps.tail : maps.whole;
 #pragma unroll
-    for (int box = 0; box < ROWS; box += BOX_ROWS) {
+    for (int box = 0; box < ROWS; box += BOX_ROWS<ROWS>) {
       const uint32_t place = target + (column / PANEL * ROWS + box) * PANEL_ROW_BYTES;
       asm volatile(
           "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -395,9 +426,10 @@ __device__ __forceinline__ void store_rows(T* rows, int64_t stride, int rows_lef
     for (int tile = 0; tile < WIDTH / 8; tile += 4) {
       uint32_t piece[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        piece[i] = pack<T>(values[tile + i][half * 2] * scale,
-                           values[tile + i][half * 2 + 1] * scale);
+      for (int i = 0; i < 4; ++i) {
+        const float(&value)[4] = values[min(tile + i, WIDTH / 8 - 1)];  // past the end: unused
+        piece[i] = pack<T>(value[half * 2] * scale, value[half * 2 + 1] * scale);
+      }
       quad_transpose(piece, lane);
       const int column = (tile + lane % 4) * 8;
       if (row < rows_left && column < head_dim)

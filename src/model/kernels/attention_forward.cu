@@ -1,17 +1,21 @@
 // Attention forward on 16-bit inputs: warp-specialised wgmma with bulk tensor copies.
 //
-// kernels   attention_forward_{bf16,f16}_d{64,96,128,256}
+// kernels   attention_forward_{bf16,f16}_d{64,96,128,144,192,256}
 //           Take the narrowest width >= head_dim; head_dim is any multiple of 8 up to 256.
 // grid      x = min(tiles, multiprocessors), tiles = ceil(time / 128) * batch * q_heads; any
 //           x from 1 to tiles gives the same bits
 // block     384 (one copying warpgroup, two computing ones)
-// shared    bytes, dynamic: d64 99 456, d96 197 760, d128 197 760, d256 197 760
+// shared    bytes, dynamic: d64 99 456, d96 197 760, d128 197 760, d144 222 336, d192 222 336,
+//           d256 230 528
 // arguments
 //   map_q, map_k, map_v  128-byte tensor maps by value: 16-bit type, rank 4, sizes
 //                        {head_dim, time, heads, batch}, byte strides {token_stride * 2,
-//                        head_dim * 2, time * token_stride * 2}, box {64, 64, 1, 1},
+//                        head_dim * 2, time * token_stride * 2}, box {64, rows, 1, 1},
 //                        element strides 1, swizzle 128B, no interleave, zero fill; base and
-//                        strides are multiples of 16 bytes. Backward takes the same maps
+//                        strides are multiples of 16 bytes. rows: 64, but of keys and values
+//                        the KEYS of a tile if that is no multiple of 64: d144 112, d192 112,
+//                        d256 80. Backward's maps all have 64
+//   map_q_tail, map_k_tail, map_v_tail   d144 only: the same with 16 columns in a box
 //   o                    T*, [batch, time, q_heads, head_dim], 16-byte aligned
 //   o_stride             i64, elements from one token to the next, multiple of 8
 //   lse                  f32*, [batch, q_heads, time], natural logarithm
@@ -33,16 +37,20 @@ namespace {
 constexpr int QUERIES = 64 * COMPUTE_GROUPS;
 constexpr int TURN_BARRIER = 1;  // named barriers 1 and 2: whose turn it is to multiply
 
-template <int WIDTH, int KEYS>
+template <int WIDTH>
 struct Layout {
+  // Above 128 as many keys as shared memory holds beside the queries. At 144 and 192, tiles of
+  // 80 with a second buffer of queries, or of 96, are not faster.
+  static constexpr int KEYS = WIDTH > 192 ? 80 : WIDTH > 128 ? 112 : 128;
   static constexpr int STAGES = 2;                     // of keys and of values
   static constexpr int BUFFERS = WIDTH > 128 ? 1 : 2;  // of queries: the next tile loads early
-  static constexpr int PANELS = (WIDTH + PANEL - 1) / PANEL;
-  static constexpr int Q_BYTES = PANELS * QUERIES * PANEL_ROW_BYTES;
-  static constexpr int KV_BYTES = PANELS * KEYS * PANEL_ROW_BYTES;
+  static constexpr int Q_BYTES = PANELS<WIDTH> * QUERIES * PANEL_ROW_BYTES;
+  static constexpr int KV_BYTES = PANELS<WIDTH> * KEYS * PANEL_ROW_BYTES;
   static constexpr int K_OFFSET = BUFFERS * Q_BYTES;
   static constexpr int V_OFFSET = K_OFFSET + STAGES * KV_BYTES;
   static constexpr int BARRIERS = V_OFFSET + STAGES * KV_BYTES;
+  static constexpr int BYTES = BARRIERS + 128 + 1024;  // the base is aligned to 1024
+  static_assert(BYTES <= MAX_SHARED_BYTES);
 
   uint32_t base;
   __device__ __forceinline__ uint32_t q(int buffer) const { return base + buffer * Q_BYTES; }
@@ -79,6 +87,10 @@ struct Layout {
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+};
+
+struct Maps {
+  OperandMap q, k, v;
 };
 
 struct Arguments {
@@ -137,11 +149,11 @@ struct Softmax {
   }
 };
 
-template <typename T, int WIDTH, int KEYS>
-__device__ __forceinline__ void copy_loop(const Layout<WIDTH, KEYS>& shared,
-                                          const Arguments& args, const TensorMap& map_q,
-                                          const TensorMap& map_k, const TensorMap& map_v) {
-  using L = Layout<WIDTH, KEYS>;
+template <typename T, int WIDTH>
+__device__ __forceinline__ void copy_loop(const Layout<WIDTH>& shared,
+                                          const Arguments& args, const Maps& maps) {
+  using L = Layout<WIDTH>;
+  constexpr int KEYS = L::KEYS;
   const TileList list = query_tiles<QUERIES>(args);
   Ring<L::STAGES> ring;
   Ring<L::BUFFERS> q_ring;
@@ -155,20 +167,20 @@ __device__ __forceinline__ void copy_loop(const Layout<WIDTH, KEYS>& shared,
     const QueryTile<QUERIES, KEYS> work(args, list, drawn);
     drawn = draw_tile(args.schedule);  // arrives while this tile is copied
     const int kv_head = work.head / group;
-    barrier_expect(shared.q_full(b), L::Q_BYTES);
-    copy_tile<QUERIES, WIDTH>(shared.q(b), map_q, shared.q_full(b), work.row, work.head,
+    barrier_expect(shared.q_full(b), COPIED_BYTES<QUERIES, WIDTH>);
+    copy_tile<QUERIES, WIDTH>(shared.q(b), maps.q, shared.q_full(b), work.row, work.head,
                               work.batch);
     q_ring.advance();
 #pragma unroll 1
     for (int tile = work.last_tile; tile >= work.first_tile; --tile) {
       const int s = ring.stage;
       barrier_wait(shared.k_empty(s), ring.phase ^ 1);
-      barrier_expect(shared.k_full(s), L::KV_BYTES);
-      copy_tile<KEYS, WIDTH>(shared.k(s), map_k, shared.k_full(s), tile * KEYS, kv_head,
+      barrier_expect(shared.k_full(s), COPIED_BYTES<KEYS, WIDTH>);
+      copy_tile<KEYS, WIDTH>(shared.k(s), maps.k, shared.k_full(s), tile * KEYS, kv_head,
                              work.batch);
       barrier_wait(shared.v_empty(s), ring.phase ^ 1);
-      barrier_expect(shared.v_full(s), L::KV_BYTES);
-      copy_tile<KEYS, WIDTH>(shared.v(s), map_v, shared.v_full(s), tile * KEYS, kv_head,
+      barrier_expect(shared.v_full(s), COPIED_BYTES<KEYS, WIDTH>);
+      copy_tile<KEYS, WIDTH>(shared.v(s), maps.v, shared.v_full(s), tile * KEYS, kv_head,
                              work.batch);
       ring.advance();
     }
@@ -176,10 +188,11 @@ __device__ __forceinline__ void copy_loop(const Layout<WIDTH, KEYS>& shared,
   leave_schedule(args.schedule);
 }
 
-template <typename T, int WIDTH, int KEYS>
-__device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
+template <typename T, int WIDTH>
+__device__ __forceinline__ void compute_loop(const Layout<WIDTH>& shared,
                                              const Arguments& args, int group) {
-  using L = Layout<WIDTH, KEYS>;
+  using L = Layout<WIDTH>;
+  constexpr int KEYS = L::KEYS;
   const TileList list = query_tiles<QUERIES>(args);
   const int lane = threadIdx.x % 32;
   const int row_in_group = (threadIdx.x / 32 % 4) * 16 + lane / 4;
@@ -218,7 +231,7 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
     barrier_wait(shared.k_full(k_ring.stage), k_ring.phase);
     wait_turn(group);
     wgmma_fence();
-    multiply_rows<T, KEYS, WIDTH, QUERIES, KEYS>(s, q, shared.k(k_ring.stage));
+    multiply_rows<T, KEYS, WIDTH, 0, QUERIES, KEYS>(s, {}, q, shared.k(k_ring.stage));
     wgmma_commit();
     pass_turn(group);
     wgmma_wait<0>();
@@ -237,7 +250,7 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
       pin(s);
       pin(o);
       wgmma_fence();
-      multiply_rows<T, KEYS, WIDTH, QUERIES, KEYS>(s, q, shared.k(k_ring.stage));
+      multiply_rows<T, KEYS, WIDTH, 0, QUERIES, KEYS>(s, {}, q, shared.k(k_ring.stage));
       wgmma_commit();
       barrier_wait(shared.v_full(v_ring.stage), v_ring.phase);
       multiply_columns<T, KEYS, WIDTH>(o, p, shared.v(v_ring.stage));
@@ -292,15 +305,14 @@ __device__ __forceinline__ void compute_loop(const Layout<WIDTH, KEYS>& shared,
   }
 }
 
-template <typename T, int WIDTH, int KEYS>
-__device__ __forceinline__ void forward(const TensorMap& map_q, const TensorMap& map_k,
-                                        const TensorMap& map_v, const Arguments& args) {
+template <typename T, int WIDTH>
+__device__ __forceinline__ void forward(const Maps& maps, const Arguments& args) {
   extern __shared__ uint8_t dynamic_shared[];
-  const Layout<WIDTH, KEYS> shared{(shared_address(dynamic_shared) + 1023) & ~1023u};
+  const Layout<WIDTH> shared{(shared_address(dynamic_shared) + 1023) & ~1023u};
   if (threadIdx.x == 0) {
-    prefetch_map(map_q);
-    prefetch_map(map_k);
-    prefetch_map(map_v);
+    prefetch_maps<WIDTH>(maps.q);
+    prefetch_maps<WIDTH>(maps.k);
+    prefetch_maps<WIDTH>(maps.v);
     shared.init_barriers();
   }
   __syncthreads();
@@ -308,31 +320,45 @@ __device__ __forceinline__ void forward(const TensorMap& map_q, const TensorMap&
   const int warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 128), 0);
   if (warpgroup == 0) {
     give_registers<24>();
-    if (threadIdx.x == 0) copy_loop<T, WIDTH, KEYS>(shared, args, map_q, map_k, map_v);
+    if (threadIdx.x == 0) copy_loop<T, WIDTH>(shared, args, maps);
   } else {
     take_registers<240>();
-    compute_loop<T, WIDTH, KEYS>(shared, args, warpgroup - 1);
+    compute_loop<T, WIDTH>(shared, args, warpgroup - 1);
   }
 }
 
 }  // namespace
 
-#define ATTENTION_FORWARD(NAME, TYPE, WIDTH, KEYS)                                              \
+#define MAP(NAME) const __grid_constant__ TensorMap map_##NAME
+#define PARAMETERS(TYPE)                                                                        \
+  TYPE *o, int64_t o_stride, float *lse, int batch, int time, int q_heads, int kv_heads,        \
+      int head_dim, float scale, int causal, int window, const int *seg_start,                  \
+      const int *seg_end, int *schedule
+#define ARGUMENTS                                                                               \
+  {o,     o_stride, lse,    batch,  time,      q_heads, kv_heads,                               \
+   head_dim, scale, causal, window, seg_start, seg_end, schedule}
+
+#define ATTENTION_FORWARD(NAME, TYPE, WIDTH)                                                    \
   extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward_##NAME##_d##WIDTH( \
-      const __grid_constant__ TensorMap map_q, const __grid_constant__ TensorMap map_k,         \
-      const __grid_constant__ TensorMap map_v, TYPE* o, int64_t o_stride, float* lse,           \
-      int batch, int time, int q_heads, int kv_heads, int head_dim, float scale, int causal,    \
-      int window, const int* seg_start, const int* seg_end, int* schedule) {                    \
-    forward<TYPE, WIDTH, KEYS>(map_q, map_k, map_v,                                             \
-                               {o, o_stride, lse, batch, time, q_heads, kv_heads, head_dim,     \
-                                scale, causal, window, seg_start, seg_end, schedule});          \
+      MAP(q), MAP(k), MAP(v), PARAMETERS(TYPE)) {                                               \
+    forward<TYPE, WIDTH>({{map_q, map_q}, {map_k, map_k}, {map_v, map_v}}, ARGUMENTS);          \
+  }
+#define ATTENTION_FORWARD_TAIL(NAME, TYPE, WIDTH)                                               \
+  extern "C" __global__ void __launch_bounds__(THREADS, 1) attention_forward_##NAME##_d##WIDTH( \
+      MAP(q), MAP(k), MAP(v), MAP(q_tail), MAP(k_tail), MAP(v_tail), PARAMETERS(TYPE)) {        \
+    forward<TYPE, WIDTH>({{map_q, map_q_tail}, {map_k, map_k_tail}, {map_v, map_v_tail}},       \
+                         ARGUMENTS);                                                            \
   }
 
-ATTENTION_FORWARD(bf16, __nv_bfloat16, 64, 128)
-ATTENTION_FORWARD(bf16, __nv_bfloat16, 96, 128)
-ATTENTION_FORWARD(bf16, __nv_bfloat16, 128, 128)
-ATTENTION_FORWARD(bf16, __nv_bfloat16, 256, 64)
-ATTENTION_FORWARD(f16, __half, 64, 128)
-ATTENTION_FORWARD(f16, __half, 96, 128)
-ATTENTION_FORWARD(f16, __half, 128, 128)
-ATTENTION_FORWARD(f16, __half, 256, 64)
+ATTENTION_FORWARD(bf16, __nv_bfloat16, 64)
+ATTENTION_FORWARD(bf16, __nv_bfloat16, 96)
+ATTENTION_FORWARD(bf16, __nv_bfloat16, 128)
+ATTENTION_FORWARD_TAIL(bf16, __nv_bfloat16, 144)
+ATTENTION_FORWARD(bf16, __nv_bfloat16, 192)
+ATTENTION_FORWARD(bf16, __nv_bfloat16, 256)
+ATTENTION_FORWARD(f16, __half, 64)
+ATTENTION_FORWARD(f16, __half, 96)
+ATTENTION_FORWARD(f16, __half, 128)
+ATTENTION_FORWARD_TAIL(f16, __half, 144)
+ATTENTION_FORWARD(f16, __half, 192)
+ATTENTION_FORWARD(f16, __half, 256)

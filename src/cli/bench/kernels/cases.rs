@@ -62,8 +62,17 @@ pub fn measure() -> Result<Value, Error> {
     report.embeddings()?;
     report.wide()?;
     report.head()?;
-    for (batch, time) in [(16, 1024), (4, 4096)] {
-        report.attention(batch, time)?;
+    // Heads of the 1b, 4b, 6b and 10b shapes.
+    for (batch, time, head) in [
+        (16, 1024, 128),
+        (4, 4096, 128),
+        (16, 1024, 144),
+        (4, 4096, 144),
+        (16, 1024, 192),
+        (4, 4096, 192),
+        (16, 1024, 256),
+    ] {
+        report.attention(batch, time, head)?;
     }
     for (name, inner, outer) in
         [("qkv", HIDDEN, 3 * HIDDEN), ("proj", HIDDEN, HIDDEN), ("fc", HIDDEN, WIDE), ("fc2", WIDE, HIDDEN)]
@@ -259,13 +268,12 @@ impl Report {
         self.time("linear_cross_entropy", shape(), Need::Operations(6.0 * logits * HIDDEN as f64), run)
     }
 
-    fn attention(&mut self, batch: usize, time: usize) -> Result<(), Error> {
+    fn attention(&mut self, batch: usize, time: usize, head: usize) -> Result<(), Error> {
         const HEADS: usize = 16;
-        const HEAD: usize = 128;
-        let (qkv, dy) = (self.random(&[batch, time, 3 * HEADS * HEAD])?, self.random(&[batch, time, HEADS * HEAD])?);
-        let shape = || format!("{batch} x {HEADS} x {time} x {HEAD}");
+        let (qkv, dy) = (self.random(&[batch, time, 3 * HEADS * head])?, self.random(&[batch, time, HEADS * head])?);
+        let shape = || format!("{batch} x {HEADS} x {time} x {head}");
         // A product of queries and keys or of probabilities and values, of which the mask leaves half.
-        let product = (2 * batch * HEADS * time * time * HEAD) as f64 / 2.0;
+        let product = (2 * batch * HEADS * time * time * head) as f64 / 2.0;
         let causal = Attention::causal(HEADS);
         self.time("attention_forward", shape(), Need::Operations(2.0 * product), |ops| {
             ops.attend(&qkv, &causal).map(drop)

@@ -48,6 +48,10 @@ pub fn spread_sides(groups: u32, resident: u32, streamed: u32) -> Vec<Side> {
         .collect()
 }
 
+/// Groups pass through the device where that is predicted to shorten a step by this part: they take slots from residents and
+/// from prefetching, which the prediction does not count.
+const STREAMING_GAIN: f64 = 0.1;
+
 /// What a split has to share out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SplitWork {
@@ -166,8 +170,9 @@ impl SplitRoom {
         let resident = self.resident_beside_a_stream();
         let beside = work(resident);
         let streamed = costs.best_streamed(&beside, beside.groups);
-        let gain = costs.step(&work(without.resident), 0) > costs.step(&beside, streamed);
-        if streamed > 0 && gain { Split { resident, streamed } } else { without }
+        let plain = costs.step(&work(without.resident), 0);
+        let worth_it = costs.step(&beside, streamed) < plain.mul_f64(1.0 - STREAMING_GAIN);
+        if streamed > 0 && worth_it { Split { resident, streamed } } else { without }
     }
 }
 

@@ -8,13 +8,13 @@ use std::collections::BTreeSet;
 
 use crate::error::RuntimeError;
 use crate::placement::Side;
-use crate::schedule::{Candidate, Policy, choose_victim, plan_prefetch};
+use crate::schedule::{Candidate, Policy, StaticSet, choose_victim, plan_prefetch};
 use crate::shared::{EvictionPolicy, Plan, Shared};
 use crate::stats::Reason;
 use crate::table::{Access, Place, Request, Requester, Table, Urgency};
 use crate::types::{ChunkId, GroupId, Kind, Moment, Tier};
 
-/// Updates a side, beyond those that could begin, whose chunks are brought.
+/// Updates a side whose chunks are brought: while one is computed the next one comes.
 const UPDATES_AHEAD: usize = 2;
 
 pub(crate) struct Planner<'a> {
@@ -22,10 +22,21 @@ pub(crate) struct Planner<'a> {
     table: &'a mut Table,
     policy: EvictionPolicy,
     plan: Option<Plan>,
-    /// Chunks that waiting requests need where they are.
+    /// Chunks that any waiting request needs where they are.
+    wanted: BTreeSet<(Tier, ChunkId)>,
+    /// Of them those of the request in hand and of more urgent ones.
     protected: BTreeSet<(Tier, ChunkId)>,
     /// Device slots that prefetching may fill.
     prefetch_budget: u32,
+}
+
+/// The chunks of a request and the tiers in which it needs them. On its way from disk a chunk stops in host memory: dropping
+/// it there would undo the work.
+fn in_place(request: &Request) -> impl Iterator<Item = (Tier, ChunkId)> {
+    let on_the_way = (request.tier == Tier::Device).then_some(Tier::Host);
+    let tiers = [Some(request.tier), on_the_way];
+    let chunks: Vec<ChunkId> = request.chunks.iter().map(|&(chunk, _)| chunk).collect();
+    tiers.into_iter().flatten().flat_map(move |tier| chunks.clone().into_iter().map(move |chunk| (tier, chunk)))
 }
 
 /// The lowest budget from now to `ahead` moments later. One moment ahead, so that the compute thread finds its budget kept
@@ -49,19 +60,19 @@ impl<'a> Planner<'a> {
             *budget = lowest_budget(budgets, now, 1);
         }
         let prefetch_budget = budgets.map_or(*budget, |budgets| lowest_budget(&budgets, now, policy.prefetch));
-        Planner { shared, table, policy, plan: shared.plan(), protected: BTreeSet::new(), prefetch_budget }
+        let (wanted, protected) = (BTreeSet::new(), BTreeSet::new());
+        Planner { shared, table, policy, plan: shared.plan(), wanted, protected, prefetch_budget }
     }
 
     pub fn run(&mut self) -> Result<(), RuntimeError> {
         let active = self.active_requests();
-        active.iter().for_each(|request| self.protect(request));
+        self.wanted = active.iter().flat_map(in_place).collect();
         for tier in [Tier::Host, Tier::Device] {
             self.keep_budget(tier)?;
         }
-        self.protected.clear();
         let mut short = Vec::with_capacity(active.len());
         for request in &active {
-            self.protect(request);
+            self.protected.extend(in_place(request));
             short.push(self.serve(request)?);
         }
         self.offload()?;
@@ -70,16 +81,6 @@ impl<'a> Planner<'a> {
             self.prefetch(on_device.map(|(_, &short)| short).sum())?;
         }
         self.check_progress(&active, &short)
-    }
-
-    fn protect(&mut self, request: &Request) {
-        for &(chunk, _) in &request.chunks {
-            self.protected.insert((request.tier, chunk));
-            // On its way from disk a chunk stops in host memory: dropping it there would undo the work.
-            if request.tier == Tier::Device {
-                self.protected.insert((Tier::Host, chunk));
-            }
-        }
     }
 
     /// The oldest eligible request of each requester and tier, and the first updates that are due and wait for chunks.
@@ -93,13 +94,24 @@ impl<'a> Planner<'a> {
             }
         }
         for tier in [Tier::Device, Tier::Host] {
-            let waiting = self.due(tier).filter(|request| {
-                self.table.is_eligible(request, layout) && self.table.obstacle(request, layout).is_some()
-            });
-            active.extend(waiting.take(UPDATES_AHEAD));
+            let mut due: Vec<Request> =
+                self.due(tier).filter(|request| self.table.is_eligible(request, layout)).collect();
+            // What has begun to come goes first, or each new update would throw out what the last one was brought. One that
+            // could begin stays in the list: until it is leased somebody else might take its place.
+            due.sort_by_key(|request| std::cmp::Reverse(self.states_in_place(request)));
+            active.extend(due.into_iter().take(UPDATES_AHEAD));
         }
         active.sort_by_key(|request| request.requester);
         active
+    }
+
+    /// How many chunks of an update are where it needs them, but for what the model may have left there.
+    fn states_in_place(&self, request: &Request) -> usize {
+        let states = request
+            .chunks
+            .iter()
+            .filter(|&&(chunk, _)| !matches!(self.shared.layout.chunk(chunk).kind, Kind::Weight | Kind::Gradient));
+        states.filter(|&&(chunk, _)| self.table.entry(chunk).place[request.tier.index()] != Place::Absent).count()
     }
 
     /// What the updates that are due on one side will lease.
@@ -242,7 +254,8 @@ impl<'a> Planner<'a> {
         Ok(self.table.room(tier) > 0)
     }
 
-    fn candidates(&self, tier: Tier, pinned: bool) -> Vec<Candidate> {
+    /// Chunks of `tier` that may leave, but for those `kept`.
+    fn candidates(&self, tier: Tier, pinned: bool, kept: &BTreeSet<(Tier, ChunkId)>) -> Vec<Candidate> {
         let index = tier.index();
         self.table
             .entries
@@ -260,24 +273,32 @@ impl<'a> Planner<'a> {
                 last_use: entry.last_use,
                 arrived: entry.arrived,
             })
-            .filter(|candidate| !self.protected.contains(&(tier, candidate.chunk)))
+            .filter(|candidate| !kept.contains(&(tier, candidate.chunk)))
             .collect()
     }
 
+    /// The chunk whose place somebody else gets. For a prefetch only one that is needed later than `need_within`; for a
+    /// request, where nothing else is left, what a later one was brought, and then what lives on the device.
     fn victim(&self, tier: Tier, need_within: Option<u32>) -> Option<ChunkId> {
-        let candidates = self.candidates(tier, false);
-        let trace = self.plan.as_ref().map(|plan| &*plan.trace);
-        let empty = crate::schedule::StaticSet::default();
-        let static_set = self.plan.as_ref().map_or(&empty, |plan| &*plan.static_set);
-        if tier == Tier::Host {
-            return host_victim(&candidates, trace, self.table.now);
+        let unwanted = self.choose(tier, &self.candidates(tier, false, &self.wanted), need_within);
+        if unwanted.is_some() || need_within.is_some() {
+            return unwanted;
         }
-        let policy = if trace.is_some() { self.policy.policy } else { Policy::Lru };
-        choose_victim(policy, trace, self.table.now, static_set, &candidates, need_within).or_else(|| {
-            // A pinned chunk is better evicted than a request left waiting, but never for a prefetch.
-            let pinned = need_within.is_none().then(|| self.candidates(tier, true))?;
-            choose_victim(Policy::Lru, None, self.table.now, static_set, &pinned, None)
+        self.choose(tier, &self.candidates(tier, false, &self.protected), None).or_else(|| {
+            let pinned = self.candidates(tier, true, &self.protected);
+            choose_victim(Policy::Lru, None, self.table.now, &StaticSet::default(), &pinned, None)
         })
+    }
+
+    fn choose(&self, tier: Tier, candidates: &[Candidate], need_within: Option<u32>) -> Option<ChunkId> {
+        let trace = self.plan.as_ref().map(|plan| &*plan.trace);
+        if tier == Tier::Host {
+            return host_victim(candidates, trace, self.table.now);
+        }
+        let empty = StaticSet::default();
+        let static_set = self.plan.as_ref().map_or(&empty, |plan| &*plan.static_set);
+        let policy = if trace.is_some() { self.policy.policy } else { Policy::Lru };
+        choose_victim(policy, trace, self.table.now, static_set, candidates, need_within)
     }
 
     /// Frees one slot of `tier`, now (a clean copy is dropped) or when the write-back is done; false: nothing to evict.
@@ -316,7 +337,8 @@ impl<'a> Planner<'a> {
         for index in 0..self.table.groups.len() {
             let (group, state) = (GroupId(index as u32), self.table.groups[index]);
             let (kinds, urgency): (Vec<Kind>, Urgency) = match (state.side, state.pending_update) {
-                (Side::Host, Some(_)) => (vec![Kind::Gradient], Urgency::Soon),
+                // Measured first: a device does that in passing.
+                (Side::Host, Some(_)) if state.measured => (vec![Kind::Gradient], Urgency::Soon),
                 (Side::Streamed, None) => {
                     let kinds = layout.precision().persistent_kinds().iter().copied();
                     // The model needs the weight again; where its slot is needed, it is written back then.
@@ -337,10 +359,15 @@ impl<'a> Planner<'a> {
         Ok(())
     }
 
-    /// States of a group that lives on the device: evicted only when nothing else is left.
+    /// Evicted only when nothing else is left: states of a group that lives on the device, and a complete gradient that the
+    /// device has yet to measure or to step.
     fn is_pinned(&self, chunk: ChunkId) -> bool {
         let info = self.shared.layout.chunk(chunk);
-        info.kind != Kind::Gradient && self.table.group(info.group).side == Side::Resident
+        let group = self.table.group(info.group);
+        if info.kind == Kind::Gradient {
+            return group.pending_update.is_some() && (group.side != Side::Host || !group.measured);
+        }
+        group.side == Side::Resident
     }
 
     /// Brings what the coming moments need into slots that nobody is `short` of.
@@ -369,7 +396,7 @@ impl<'a> Planner<'a> {
             let mut taken = BTreeSet::new();
             let mut victims = |distance: u32| {
                 let candidates: Vec<Candidate> = this
-                    .candidates(Tier::Device, false)
+                    .candidates(Tier::Device, false, &this.wanted)
                     .into_iter()
                     .filter(|candidate| !taken.contains(&candidate.chunk))
                     .collect();

@@ -61,6 +61,7 @@ impl Reduction {
             ledger.overflow |= !finite;
             ledger.partials[index] = Some(partials);
         }
+        self.shared.lock().group_mut(message.group).measured = true;
         let complete = self.shared.ledger().partials.iter().all(Option::is_some);
         let loss_scale = f64::from(message.step.loss_scale);
         if complete {

@@ -303,6 +303,7 @@ impl Runtime {
             let mut table = self.shared.lock();
             for (group, &uses) in table.groups.iter_mut().zip(&self.gradient_uses) {
                 group.gradient_uses_left = uses;
+                group.measured = false;
             }
             // An update that is under way ends on the side where it began.
             for (group, &side) in table.groups.iter_mut().zip(&self.sides) {
@@ -324,8 +325,8 @@ impl Runtime {
         label: impl Fn() -> String,
         chunks: Vec<(ChunkId, Access)>,
     ) -> Result<Lease, RuntimeError> {
-        self.enter_moment(&label, &chunks);
-        self.shared.lease(Requester::Compute, Tier::Device, chunks)
+        let moment = self.enter_moment(&label, &chunks);
+        self.shared.lease_at(Some(moment), Requester::Compute, Tier::Device, chunks)
     }
 
     /// Leases outside of a step: evaluation and generation.
@@ -333,19 +334,18 @@ impl Runtime {
         self.shared.lease(Requester::Compute, Tier::Device, chunks)
     }
 
-    fn enter_moment(&mut self, label: &impl Fn() -> String, chunks: &[(ChunkId, Access)]) {
+    fn enter_moment(&mut self, label: &impl Fn() -> String, chunks: &[(ChunkId, Access)]) -> Moment {
         let moment = Moment(self.step.moment);
         self.close_moment();
         if let Some(recorder) = &mut self.recorder {
             let ids: Vec<ChunkId> = chunks.iter().map(|&(chunk, _)| chunk).collect();
             recorder.access(&ids);
         }
-        self.shared.lock().now = moment;
         if self.shared.timeline.is_enabled() {
             self.snapshot(moment, label());
         }
         self.step.moment += 1;
-        self.shared.ring();
+        moment
     }
 
     /// Books what the moment that ends now needed on the device.

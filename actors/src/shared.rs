@@ -18,7 +18,7 @@ use crate::stats::StallCause;
 use crate::system::Ring;
 use crate::table::{Access, Request, RequestId, Requester, Table};
 use crate::timeline::{Timeline, Track};
-use crate::types::{Bytes, ChunkId, Step, Tier};
+use crate::types::{Bytes, ChunkId, Moment, Step, Tier};
 use crate::updates::{UpdateDue, Updates};
 
 /// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs.
@@ -146,8 +146,22 @@ impl Shared {
         tier: Tier,
         chunks: Vec<(ChunkId, Access)>,
     ) -> Result<Lease, RuntimeError> {
+        self.lease_at(None, requester, tier, chunks)
+    }
+
+    /// As [`Shared::lease`], at a moment of the step.
+    pub fn lease_at(
+        self: &Arc<Self>,
+        moment: Option<Moment>,
+        requester: Requester,
+        tier: Tier,
+        chunks: Vec<(ChunkId, Access)>,
+    ) -> Result<Lease, RuntimeError> {
         let is_compute = requester == Requester::Compute;
         let mut table = self.lock();
+        // Under the same lock as the request is entered or granted: chunks of a moment that has begun would else look like
+        // chunks that are not needed any more.
+        table.now = moment.unwrap_or(table.now);
         let request = Request { id: RequestId(table.next_id()), tier, chunks, requester };
         let mut queued = false;
         let mut waited_since = self.timeline.now();

@@ -146,6 +146,8 @@ pub(crate) struct GroupState {
     pub pending_update: Option<Step>,
     /// A checkpoint has to read it before the next update.
     pub save_wanted: bool,
+    /// The gradient has been measured in this step.
+    pub measured: bool,
     /// Where it is stepped.
     pub side: Side,
     /// Backward uses still to come in this step.

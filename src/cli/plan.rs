@@ -7,7 +7,7 @@ use super::error::DOES_NOT_FIT;
 use super::{CliError, output};
 use crate::config::Sources;
 use crate::data::Tokenizer;
-use crate::plan::{Plan, Rates, non_model_estimate};
+use crate::plan::{Plan, Rates};
 use crate::train::model::build;
 use crate::train::program::Program;
 
@@ -16,7 +16,7 @@ pub fn run(args: PlanArgs) -> Result<ExitCode, CliError> {
     let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
     let (_, blocks) = build(&mut config, &tokenizer)?;
     let program = Program::new(&blocks)?;
-    let plan = Plan::new(&config, &program, non_model_estimate(&config, &program))?;
+    let plan = Plan::new(&config, &program)?;
     let scaled = |value: Option<f64>, unit: f64| value.map(|value| value * unit);
     let rates = Rates::measure([scaled(args.compute, 1e12), scaled(args.link, 1e9), scaled(args.host, 1e9)])?;
     let bound = plan.bound(&rates);

@@ -102,7 +102,7 @@ pub struct Train {
     pub micro_batches: usize,
     /// Tokens a sequence; at most `model.context`.
     pub seq_len: usize,
-    /// What the backward pass computes again: "full" keeps the inputs of blocks only, "none" keeps all activations.
+    /// What the backward pass computes again: "full" keeps the inputs of blocks only, "none" keeps all activations, "auto" those of as many blocks as make a step shortest.
     pub recompute: Recompute,
     /// Highest learning rate.
     pub lr: f64,
@@ -143,7 +143,7 @@ impl Default for Train {
             batch: 8,
             micro_batches: 1,
             seq_len: 1024,
-            recompute: Recompute::Full,
+            recompute: Recompute::Auto,
             lr: 3e-4,
             min_lr: 0.0,
             schedule: Schedule::Cosine,

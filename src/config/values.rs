@@ -78,10 +78,12 @@ words! {
 }
 
 words! {
-    /// What the backward pass computes again instead of keeping it.
+    /// What the backward pass computes again instead of keeping it. The bits do not depend on it.
     Recompute {
-        /// Everything inside a block: only the inputs of blocks are kept.
+        /// Kept as far as device memory is worth more for activations than for chunks, block by block.
         #[default]
+        Auto = "auto",
+        /// Everything inside a block: only the inputs of blocks are kept.
         Full = "full",
         /// Nothing: all activations are kept.
         None = "none",

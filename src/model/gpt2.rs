@@ -82,8 +82,8 @@ pub struct StepShape {
     pub micro_batches: usize,
     /// Tokens of a sequence.
     pub seq_len: usize,
-    /// Activations inside blocks are kept instead of computed again.
-    pub keep: bool,
+    /// Layers whose activations are kept instead of computed again.
+    pub kept_layers: usize,
     /// On a GPU.
     pub gpu: bool,
     /// Bytes of an activation.
@@ -105,7 +105,8 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
     let activation = (tokens * model.hidden * shape.element_bytes) as u64;
     let micro_batches = shape.micro_batches as u64;
     let boundaries = activation * (model.layers as u64 + 2) * micro_batches;
-    let kept_layers = if shape.keep { model.layers as u64 * micro_batches } else { 1 };
+    // One that is computed again keeps its activations until its backward is done, in one micro-batch at a time.
+    let kept_layers = (shape.kept_layers as u64 * micro_batches).max(1);
     let block = activation * BACKWARD_WIDTHS;
     let (head_tokens, extra) = if shape.gpu {
         // Partial sums and the workspace of the matrix products.

@@ -75,6 +75,10 @@ pub struct Plan {
     pub optimizer_bytes: Bytes,
     /// Groups that live on the device, and groups that pass through it to be stepped; the others are stepped in host memory.
     pub split: Split,
+    /// Blocks between the first and the last.
+    pub layers: u32,
+    /// Of these the last ones whose activations are kept for the backward pass; the others are computed again.
+    pub kept_layers: u32,
     /// Why it does not fit, and what would make it fit.
     pub problems: Vec<String>,
     #[serde(skip)]
@@ -98,15 +102,8 @@ fn configured_model(config: &Config, program: &Program) -> Option<Gpt2Config> {
     (configured.tensor_specs() == program.tensor_specs()).then_some(model)
 }
 
-/// Non-model memory of one step, from the shapes; a quarter of the device for models of the user's own until it has been
-/// measured in the warm-up step.
-pub fn non_model_estimate(config: &Config, program: &Program) -> Bytes {
-    configured_model(config, program)
-        .map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, &model))
-}
-
-/// Non-model memory of one step of a GPT-2, from the shapes.
-pub fn gpt2_activations(config: &Config, model: &Gpt2Config) -> Bytes {
+/// Non-model memory of one step of a GPT-2 that keeps the activations of `kept_layers`, from the shapes.
+pub fn gpt2_activations(config: &Config, model: &Gpt2Config, kept_layers: usize) -> Bytes {
     let train = &config.train;
     let half = is_cuda(&config.compute) && config.model.precision.is_half();
     Bytes(gpt2::activation_bytes(
@@ -115,7 +112,7 @@ pub fn gpt2_activations(config: &Config, model: &Gpt2Config) -> Bytes {
             micro_batch: train.batch / train.micro_batches.max(1),
             micro_batches: train.micro_batches,
             seq_len: train.seq_len,
-            keep: train.recompute == Recompute::None,
+            kept_layers,
             gpu: is_cuda(&config.compute),
             element_bytes: if half { 2 } else { 4 },
         },
@@ -124,8 +121,15 @@ pub fn gpt2_activations(config: &Config, model: &Gpt2Config) -> Bytes {
 
 impl Plan {
     /// Predicts a job. Errors are only for configurations that name an impossible chunk.
-    pub fn new(config: &Config, program: &Program, non_model: Bytes) -> Result<Self, Error> {
+    pub fn new(config: &Config, program: &Program) -> Result<Self, Error> {
         let specs = program.tensor_specs();
+        let model = configured_model(config, program);
+        // A quarter of the device for models of the user's own, until it has been measured in the warm-up step.
+        let non_model = |kept: usize| {
+            model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, kept))
+        };
+        let layers = program.uses.len().saturating_sub(2);
+        let least = if config.train.recompute == Recompute::None { layers } else { 0 };
         let precision = config.model.precision;
         let device = config.memory.device;
         let chunk = match config.memory.chunk {
@@ -134,7 +138,7 @@ impl Plan {
                 let limits = SearchLimits {
                     min: Bytes(CHUNK_SEARCH.0),
                     max: Bytes(CHUNK_SEARCH.1),
-                    device_budget: Some(Bytes(device.0.saturating_sub(non_model.0))),
+                    device_budget: Some(Bytes(device.0.saturating_sub(non_model(least).0))),
                     working_set: &program.working_sets(),
                 };
                 search_chunk_size(&specs, precision, limits)?.best
@@ -154,23 +158,29 @@ impl Plan {
             flops: None,
             optimizer_bytes: Bytes(0),
             split: Split { resident: 0, streamed: 0 },
+            layers: 0,
+            kept_layers: 0,
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
             room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false },
         };
-        plan.flops = configured_model(config, program).map(|model| {
-            gpt2::model_flops(&model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
+        plan.flops = model.as_ref().map(|model| {
+            gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
         });
-        plan.place(config, program, non_model);
+        plan.layers = layers as u32;
+        plan.kept_layers = least as u32;
+        if config.train.recompute == Recompute::Auto && model.is_some() {
+            plan.kept_layers = plan.best_kept_layers(config, &non_model);
+        }
+        plan.place(config, program, non_model(plan.kept_layers as usize));
         Ok(plan)
     }
 
     fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let chunk = self.chunk.0;
         let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
-        let device = slots(config.memory.device.0.saturating_sub(non_model.0)).min(self.chunks);
-        self.room = self.room(config, device);
+        self.room = self.room(config, non_model);
         self.split = self.split(config, &self.room);
         let (needed, wanted) = self.host_slots(&self.room, config.memory.device);
         let available = match available_host_memory() {
@@ -218,7 +228,7 @@ impl Plan {
             },
             sides: self.sides(),
             split: (is_cuda(&config.compute) && config.actors.optimizer.placement == config::Placement::Hybrid)
-                .then(|| (self.room, self.costs(config))),
+                .then(|| (self.room, self.costs(config, self.kept_layers))),
             adam: AdamConfig {
                 beta1: train.beta1,
                 beta2: train.beta2,

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
+use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
 use super::Plan;
-use crate::config::{Config, Placement, Recompute};
+use crate::config::{Config, Placement};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
@@ -18,11 +18,12 @@ const STEPPED_BY_CORE: f64 = 2.2e8;
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 
 impl Plan {
-    /// Device chunks that a split may count on.
-    pub(super) fn room(&self, config: &Config, device: u32) -> SplitRoom {
+    /// Device chunks that a split may count on beside so much non-model memory.
+    pub(super) fn room(&self, config: &Config, non_model: Bytes) -> SplitRoom {
         let precision = self.layout.precision();
+        let slots = config.memory.device.0.saturating_sub(non_model.0) / self.chunk.0.max(1);
         SplitRoom {
-            slots: device,
+            slots: slots.min(u64::from(self.chunks)) as u32,
             working_set: self.working_set_chunks,
             groups: self.layout.group_count() as u32,
             persistent: precision.persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum(),
@@ -31,7 +32,6 @@ impl Plan {
     }
 
     pub(super) fn split(&self, config: &Config, room: &SplitRoom) -> Split {
-        let costs = self.costs(config);
         match config.actors.optimizer.placement {
             Placement::Host => Split { resident: 0, streamed: 0 },
             Placement::Device => {
@@ -40,15 +40,37 @@ impl Plan {
             }
             // Where the device is the host, passing through it is a detour.
             Placement::Hybrid if !is_cuda(&config.compute) => Split { resident: room.most_resident(), streamed: 0 },
-            Placement::Hybrid => room.split(&costs),
+            Placement::Hybrid => room.split(&self.costs(config, self.kept_layers)),
         }
     }
 
+    /// For how many layers activations are worth their place on the device: with every one that is kept a forward pass is
+    /// saved, and chunks lose the room.
+    pub(super) fn best_kept_layers(&self, config: &Config, non_model: &dyn Fn(usize) -> Bytes) -> u32 {
+        let predicted = |kept: u32| {
+            let room = self.room(config, non_model(kept as usize));
+            if room.slots < 2 * self.working_set_chunks && kept > 0 {
+                return None;
+            }
+            let split = self.split(config, &room);
+            if !is_cuda(&config.compute) && split.resident < room.groups && kept > 0 {
+                return None; // what copies and updates take there is not known
+            }
+            let work = SplitWork {
+                groups: room.groups - split.resident,
+                persistent: room.persistent,
+                together: room.together,
+            };
+            Some((self.costs(config, kept).step(&work, split.streamed), kept))
+        };
+        (0..=self.layers).filter_map(predicted).min().map_or(0, |(_, kept)| kept)
+    }
+
     /// What the parts of a step cost, from shapes.
-    pub(super) fn costs(&self, config: &Config) -> SplitCosts {
-        // Recompute repeats the forward pass, a third of what forward and backward need.
-        let (passes, forward_share) =
-            if config.train.recompute == Recompute::None { (1.0, 1.0 / 3.0) } else { (4.0 / 3.0, 0.25) };
+    pub(super) fn costs(&self, config: &Config, kept_layers: u32) -> SplitCosts {
+        // Forward and twice as much backward, and a forward pass again for what is not kept.
+        let again = 1.0 - f64::from(kept_layers) / f64::from(self.layers.max(1));
+        let (passes, forward_share) = (1.0 + again / 3.0, 1.0 / (3.0 + again));
         let compute = self.flops.map_or(UNKNOWN_COMPUTE, |flops| Duration::from_secs_f64(passes * flops / PRODUCTS));
         let threads = match config.actors.optimizer.threads {
             0 => std::thread::available_parallelism().map_or(1, usize::from),

@@ -46,6 +46,10 @@ impl Plan {
         if let Some(flops) = self.flops {
             lines.push(format!("        {:.3} TFLOP without recompute", flops / 1e12));
         }
+        lines.push(format!(
+            "        activations of {} of {} layers are kept, the others computed again",
+            self.kept_layers, self.layers
+        ));
         lines.push(bound.line());
         lines.push(match self.refusal() {
             None => "fits".to_owned(),

@@ -18,7 +18,7 @@ use super::lr::learning_rate;
 use super::program::Program;
 use super::states;
 use crate::checkpoint::Checkpoint;
-use crate::config::{Config, Recompute};
+use crate::config::Config;
 use crate::error::Error;
 use crate::model::block::{Block, Context};
 use crate::model::compute::Compute;
@@ -134,8 +134,7 @@ impl Engine {
     fn uninitialised(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         config.validate()?;
         let program = Program::new(&blocks)?;
-        let non_model = crate::plan::non_model_estimate(&config, &program);
-        let plan = Plan::new(&config, &program, non_model)?;
+        let plan = Plan::new(&config, &program)?;
         if let Some(reason) = plan.refusal() {
             return Err(Error::DoesNotFit(reason));
         }
@@ -220,8 +219,12 @@ impl Engine {
     fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Start>>, Error> {
         let mut starts = Vec::with_capacity(self.blocks.len());
         let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
-        let keep = self.config.train.recompute == Recompute::None;
-        for block in 0..self.blocks.len() - 1 {
+        let last = self.blocks.len() - 1;
+        // The last ones: their activations are used up first.
+        let first_kept =
+            if self.plan.kept_layers < self.plan.layers { last - self.plan.kept_layers as usize } else { 0 };
+        for block in 0..last {
+            let keep = block >= first_kept;
             let lease = self.lease(block, false)?;
             let start = self.runtime.timeline().now();
             let mut outputs = Vec::with_capacity(inputs.len());

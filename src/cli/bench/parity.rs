@@ -53,6 +53,7 @@ fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
     config.train.schedule = Schedule::Cosine;
     config.train.warmup_steps = 2;
     config.train.clip_norm = clip_norm;
+    config.train.recompute = Recompute::Full;
     config.actors.optimizer.placement = Placement::Host;
     config
 }
@@ -60,10 +61,16 @@ fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
 /// Chunks of the largest access, and none to spare.
 const TIGHT: u64 = 15;
 
+/// Layers that a variant keeps where its device holds all chunks or none to spare.
+fn kept_layers(config: &Config, model: &Gpt2Config) -> usize {
+    if config.train.recompute == Recompute::None { model.layers } else { 0 }
+}
+
 /// Device memory for `slots` chunks beside the activations.
 fn device(config: &Config, slots: u64) -> Bytes {
     // A configuration without a model fails when its run starts.
-    let activations = Gpt2Config::from_config(config).map_or(Bytes(0), |model| gpt2_activations(config, &model));
+    let activations = Gpt2Config::from_config(config)
+        .map_or(Bytes(0), |model| gpt2_activations(config, &model, kept_layers(config, &model)));
     Bytes(activations.0 + slots * CHUNK)
 }
 
@@ -74,10 +81,14 @@ fn variants(base: &Config) -> Vec<Variant> {
         change(&mut config);
         variants.push(Variant { name, config, kill: None, resume_after: None });
     };
-    add("nothing recomputed".into(), &|config| {
-        config.train.recompute = Recompute::None;
-        config.memory.device = device(config, TIGHT);
-    });
+    for recompute in [Recompute::Full, Recompute::Auto, Recompute::None] {
+        for slots in [TIGHT, 10_000] {
+            add(format!("recompute {recompute}, {slots} chunks"), &|config| {
+                config.train.recompute = recompute;
+                config.memory.device = device(config, slots);
+            });
+        }
+    }
     for slots in [TIGHT, 17, 20, 26, 40] {
         add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));
     }
@@ -112,6 +123,9 @@ fn special(base: &Config) -> Vec<Variant> {
     let small = |name: String, kill, resume_after| {
         let mut config = base.clone();
         config.memory.device = device(&config, TIGHT);
+        if kill == Some(ActorName::DeviceOptimizer) {
+            config.actors.optimizer.placement = Placement::Device;
+        }
         Variant { name, config, kill, resume_after }
     };
     let killed = ActorName::ALL

@@ -3,7 +3,7 @@
 use candle_core::{D, DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
 
-use super::ops::{CudaOps, PARTIALS, elementwise, kernel};
+use super::ops::{CudaOps, elementwise, kernel};
 use crate::model::ops::gelu::Gelu;
 use crate::model::ops::swiglu::halved;
 use crate::model::param::Param;
@@ -12,6 +12,11 @@ use crate::model::rng::Mask;
 /// Rows that a block of the SwiGLU kernels walks over, where there are enough of them.
 const SWIGLU_ROWS: usize = 32;
 const MOST_BLOCKS: usize = 65_535;
+/// Elements of a block's tile of dropout, and blocks a multiprocessor.
+const DROPOUT_TILE: u64 = 4096;
+const DROPOUT_BLOCKS: u64 = 6;
+/// Partial sums of the gradient of a bias. They decide the order of additions, so they are as many on every GPU.
+const PARTIALS: usize = 128;
 
 impl CudaOps {
     /// `a + b`.
@@ -57,9 +62,9 @@ impl CudaOps {
             Arg::I32(PARTIALS as i32),
             Arg::I32(form as i32),
         ];
-        let grid = self.column_grid(cols, dtype);
+        let grid = self.column_grid(cols, dtype, PARTIALS);
         self.launch(&self.activation, kernel!(dtype, "gelu_backward_bias"), grid, &args)?;
-        self.accumulate_columns(&partial, bias, dtype)?;
+        self.accumulate_columns(&[(&partial, bias)], PARTIALS, dtype)?;
         Ok(out)
     }
 
@@ -87,8 +92,7 @@ impl CudaOps {
     fn swiglu_sizes(&self, gate_up: &Tensor) -> Result<(Arg, Arg, Grid)> {
         let cols = gate_up.dim(D::Minus1)? / 2;
         let rows = gate_up.elem_count() / (2 * cols);
-        let mut grid = self.column_grid(cols, gate_up.dtype());
-        grid.blocks[1] = rows.div_ceil(SWIGLU_ROWS).min(MOST_BLOCKS) as u32;
+        let grid = self.column_grid(cols, gate_up.dtype(), rows.div_ceil(SWIGLU_ROWS).min(MOST_BLOCKS));
         Ok((Arg::U64(rows as u64), Arg::I32(cols as i32), grid))
     }
 
@@ -110,7 +114,13 @@ impl CudaOps {
             None => (kernel!(dtype, "dropout"), vec![self.pointer(x)?]),
         };
         args.extend(rest);
-        self.launch(&self.activation, name, elementwise(n), &args)?;
+        let mut grid = elementwise(n);
+        if before.is_none() {
+            // Blocks that stay fetch ahead from tile to tile.
+            let tiles = (n as u64).div_ceil(DROPOUT_TILE);
+            grid = Grid::linear(tiles.min(DROPOUT_BLOCKS * u64::from(self.multiprocessors)), 256);
+        }
+        self.launch(&self.activation, name, grid, &args)?;
         Ok(out)
     }
 }

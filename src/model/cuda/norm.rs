@@ -3,14 +3,42 @@
 use candle_core::{DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
 
-use super::ops::{CudaOps, PARTIALS, kernel};
+use super::ops::{COLUMN_COUNTERS, CudaOps, kernel};
 use crate::model::param::Param;
 
-/// Threads of the kernels that walk over rows.
-const BACKWARD_THREADS: u32 = 512;
-const FORWARD_BLOCKS: u64 = 2048;
+/// Packs of 16 bytes that a thread of the forward kernels keeps, and threads of a block whose warps take a row each.
+const KEPT_PACKS: usize = 8;
+const FORWARD_THREADS: usize = 128;
+const MOST_FORWARD_THREADS: usize = 256;
+/// Packs of a row up to which a block of the backward kernels has 512 threads, and what all of its blocks stage.
+const NARROW_PACKS: usize = 512;
+const STAGED_BYTES: u32 = 96 << 10;
+/// Blocks of the backward kernels, and so partial sums: they decide the order of additions, so they are as many on every
+/// GPU. Two at a time keep each of an H100's 132 multiprocessors busy.
+const NORM_PARTIALS: usize = 256;
+/// Partial sums of `column_sums`: few, since the last block of each tile adds them.
+const SUM_PARTIALS: usize = 32;
 /// Columns that a block of `accumulate_columns` adds up.
 const COLUMNS_PER_BLOCK: u64 = 32;
+const WARP: usize = 32;
+
+/// Packs of 16 bytes in a row.
+fn packs(cols: usize, dtype: DType) -> usize {
+    cols.div_ceil(16 / dtype.size_in_bytes())
+}
+
+fn forward_grid(rows: usize, cols: usize, dtype: DType) -> Grid {
+    let warps = packs(cols, dtype).div_ceil(WARP * KEPT_PACKS).next_power_of_two();
+    if warps == 1 {
+        return Grid::linear(rows.div_ceil(FORWARD_THREADS / WARP) as u64, FORWARD_THREADS as u32);
+    }
+    Grid::linear(rows as u64, (WARP * warps).min(MOST_FORWARD_THREADS) as u32)
+}
+
+fn backward_grid(cols: usize, dtype: DType) -> Grid {
+    let threads = if packs(cols, dtype) <= NARROW_PACKS { 512 } else { 1024 };
+    Grid { shared: STAGED_BYTES, ..Grid::linear(NORM_PARTIALS as u64, threads) }
+}
 
 impl CudaOps {
     /// `(x - mean) / sqrt(variance + eps) * weight + bias`, and mean and reciprocal standard deviation of each row.
@@ -35,7 +63,7 @@ impl CudaOps {
             Arg::I32(cols as i32),
             Arg::F32(eps),
         ];
-        let grid = Grid::linear((rows as u64).min(FORWARD_BLOCKS), 256);
+        let grid = forward_grid(rows, cols, dtype);
         self.launch(&self.norm, kernel!(dtype, "layer_norm_forward"), grid, &args)?;
         Ok((y, stats))
     }
@@ -53,8 +81,8 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let dweight = self.uninitialised((PARTIALS, cols), DType::F32)?;
-        let dbias = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let dweight = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
+        let dbias = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -66,12 +94,10 @@ impl CudaOps {
             self.pointer(&dbias)?,
             Arg::U64(rows as u64),
             Arg::I32(cols as i32),
-            Arg::I32(PARTIALS as i32),
+            Arg::I32(NORM_PARTIALS as i32),
         ];
-        let grid = Grid::linear(PARTIALS as u64, BACKWARD_THREADS);
-        self.launch(&self.norm, kernel!(dtype, "layer_norm_backward"), grid, &args)?;
-        self.accumulate_columns(&dweight, weight, dtype)?;
-        self.accumulate_columns(&dbias, bias, dtype)?;
+        self.launch(&self.norm, kernel!(dtype, "layer_norm_backward"), backward_grid(cols, dtype), &args)?;
+        self.accumulate_columns(&[(&dweight, weight), (&dbias, bias)], NORM_PARTIALS, dtype)?;
         Ok(dx)
     }
 
@@ -90,7 +116,7 @@ impl CudaOps {
             Arg::I32(cols as i32),
             Arg::F32(eps),
         ];
-        let grid = Grid::linear((rows as u64).min(FORWARD_BLOCKS), 256);
+        let grid = forward_grid(rows, cols, dtype);
         self.launch(&self.norm, kernel!(dtype, "rms_norm_forward"), grid, &args)?;
         Ok((y, stats))
     }
@@ -107,7 +133,7 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let dweight = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let dweight = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -118,42 +144,52 @@ impl CudaOps {
             self.pointer(&dweight)?,
             Arg::U64(rows as u64),
             Arg::I32(cols as i32),
-            Arg::I32(PARTIALS as i32),
+            Arg::I32(NORM_PARTIALS as i32),
         ];
-        let grid = Grid::linear(PARTIALS as u64, BACKWARD_THREADS);
-        self.launch(&self.norm, kernel!(dtype, "rms_norm_backward"), grid, &args)?;
-        self.accumulate_columns(&dweight, weight, dtype)?;
+        self.launch(&self.norm, kernel!(dtype, "rms_norm_backward"), backward_grid(cols, dtype), &args)?;
+        self.accumulate_columns(&[(&dweight, weight)], NORM_PARTIALS, dtype)?;
         Ok(dx)
     }
 
     /// Adds the sum of the rows of `dy` to the gradient of the vector `param`.
     pub(super) fn add_column_sums(&self, dy: &Tensor, param: &Param) -> Result<()> {
+        let Some(gradient) = self.gradient_address(param)? else { return Ok(()) };
         let (cols, dtype) = (param.rows(), dy.dtype());
-        let partial = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let partial = self.uninitialised((SUM_PARTIALS, cols), DType::F32)?;
+        let grid = self.column_grid(cols, dtype, SUM_PARTIALS);
+        // Beyond a million columns there are not enough counters, and the sums take a launch of their own.
+        let is_counted = grid.blocks[0] as usize <= COLUMN_COUNTERS;
         let args = [
             self.pointer(dy)?,
             self.pointer(&partial)?,
             Arg::U64((dy.elem_count() / cols) as u64),
             Arg::I32(cols as i32),
-            Arg::I32(PARTIALS as i32),
+            Arg::Pointer(gradient),
+            if is_counted { self.pointer(&self.column_counters)? } else { Arg::Pointer(0) },
         ];
-        let grid = self.column_grid(cols, dtype);
         self.launch(&self.norm, kernel!(dtype, "column_sums"), grid, &args)?;
-        self.accumulate_columns(&partial, param, dtype)
+        if is_counted { Ok(()) } else { self.accumulate_columns(&[(&partial, param)], SUM_PARTIALS, dtype) }
     }
 
-    /// Blocks of a kernel that leaves partial sums of columns.
-    pub(super) fn column_grid(&self, cols: usize, dtype: DType) -> Grid {
+    /// Blocks of a kernel that leaves `partials` partial sums of columns.
+    pub(super) fn column_grid(&self, cols: usize, dtype: DType, partials: usize) -> Grid {
         let columns_per_block = 512 / dtype.size_in_bytes() as u32;
-        Grid { blocks: [(cols as u32).div_ceil(columns_per_block), PARTIALS as u32, 1], threads: 256, shared: 0 }
+        Grid { blocks: [(cols as u32).div_ceil(columns_per_block), partials as u32, 1], threads: 256, shared: 0 }
     }
 
-    /// Adds the sum of partial sums to the gradient of the vector `param`.
-    pub(super) fn accumulate_columns(&self, partial: &Tensor, param: &Param, dtype: DType) -> Result<()> {
-        let Some(gradient) = self.gradient_address(param)? else { return Ok(()) };
-        let cols = param.rows();
-        let args = [self.pointer(partial)?, Arg::I32(PARTIALS as i32), Arg::I32(cols as i32), Arg::Pointer(gradient)];
-        let grid = Grid::linear((cols as u64).div_ceil(COLUMNS_PER_BLOCK), 512);
+    /// Adds the sums of partial sums to the gradients of one or two vectors of one length.
+    pub(super) fn accumulate_columns(&self, sums: &[(&Tensor, &Param)], partials: usize, dtype: DType) -> Result<()> {
+        let mut pairs = Vec::with_capacity(2);
+        for (partial, param) in sums {
+            if let Some(gradient) = self.gradient_address(param)? {
+                pairs.push([self.pointer(partial)?, Arg::Pointer(gradient)]);
+            }
+        }
+        let (Some(&first), Some(&last)) = (pairs.first(), pairs.last()) else { return Ok(()) };
+        let cols = sums[0].1.rows();
+        let args = [&first[..], &last, &[Arg::I32(partials as i32), Arg::I32(cols as i32)]].concat();
+        let mut grid = Grid::linear((cols as u64).div_ceil(COLUMNS_PER_BLOCK), 512);
+        grid.blocks[1] = pairs.len() as u32;
         self.launch(&self.norm, kernel!(dtype, "accumulate_columns"), grid, &args)
     }
 }

@@ -6,7 +6,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::{
+    CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT,
+};
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, DevicePtr, DeviceRepr};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, CudaStorage};
 use candle_core::op::BackpropOp;
@@ -19,8 +21,8 @@ use super::matmul::Products;
 use super::rope::Tables;
 use super::staging::Staging;
 
-/// Partial sums of a reduction over rows. It decides the order of additions, so it is the same on every GPU.
-pub(super) const PARTIALS: usize = 128;
+/// Tiles of columns of which the last block adds the sums.
+pub(super) const COLUMN_COUNTERS: usize = 4096;
 
 /// The operations of a model on one GPU.
 pub struct CudaOps {
@@ -29,6 +31,8 @@ pub struct CudaOps {
     stream: Arc<CudaStream>,
     gpu: Arc<Gpu>,
     pub(super) multiprocessors: u32,
+    /// Bytes of shared memory that a block may have.
+    pub(super) shared_per_block: u32,
     pub(super) norm: Kernels,
     pub(super) activation: Kernels,
     pub(super) embedding: Kernels,
@@ -44,6 +48,8 @@ pub struct CudaOps {
     pub(super) rope_tables: Tables,
     /// Two counters of the attention kernels.
     pub(super) counters: Tensor,
+    /// A zero for each tile of columns, before and after every launch on the stream.
+    pub(super) column_counters: Tensor,
 }
 
 /// The name of a kernel for an element type, of those it is compiled for.
@@ -99,13 +105,16 @@ impl CudaOps {
         unsafe { cuda.disable_event_tracking() };
         let stream = cuda.cuda_stream();
         let gpu = Arc::new(Gpu::new(Arc::clone(stream.context())).map_err(message)?);
-        let multiprocessors =
-            gpu.context().attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT).map_err(message)?.unsigned_abs();
+        let attribute = |which| gpu.context().attribute(which).map(i32::unsigned_abs).map_err(message);
+        let multiprocessors = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_per_block = attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let products = Mutex::new(Products::new(&stream)?);
         let staging = Mutex::new(Staging::new(&stream)?);
         let counters = Tensor::zeros(2, DType::U32, &device)?;
+        let column_counters = Tensor::zeros(COLUMN_COUNTERS, DType::U32, &device)?;
         Ok(CudaOps {
             multiprocessors,
+            shared_per_block,
             norm: cubin!(gpu, "norm"),
             activation: cubin!(gpu, "activation"),
             embedding: cubin!(gpu, "embedding"),
@@ -120,6 +129,7 @@ impl CudaOps {
             staging,
             rope_tables: Tables::default(),
             counters,
+            column_counters,
             device,
             cuda,
             stream,

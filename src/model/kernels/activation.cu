@@ -5,7 +5,7 @@
 // gelu_forward        const T* u, T* y, uint64_t n, int form                                                 any [1]
 // gelu_backward       const T* dy, const T* u, T* du, uint64_t n, int form                                   any [1]
 // add                 const T* a, const T* b, T* y, uint64_t n                                               any [1]
-// dropout             const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,      any [1]
+// dropout             const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,      any [4]
 //                     float scale
 // dropout_add         const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream,       any [1]
 //                     uint64_t threshold, float scale
@@ -18,6 +18,7 @@
 //
 // Block: 256 threads. No dynamic shared memory.
 // [1] ceil(n / 8192) is good.  [2] x: ceil(cols / (512 / sizeof(T))).  [3] y: min(ceil(rows / 32), 65535) is good.
+// [4] min(ceil(n / 4096), 6 * multiprocessors) is good.
 // Scratch: partial_dbias is float[P * cols], wholly written; accumulate_columns of norm.cu adds it to the gradient. P
 // decides the order of the sums, so it must be the same number on every GPU: 128 is good.
 //
@@ -36,12 +37,6 @@ constexpr float CUBIC = 0.044715f;
 constexpr float LOG2_E = 1.4426950409f;
 // Keeps powers of two finite, so that no infinity meets a zero.
 constexpr float HIGHEST_EXPONENT = 126.0f;
-
-__device__ __forceinline__ float exp2_approximate(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
 
 // The logistic function of x, and that of -x, from the exponent of 2 in e^-x. Neither cancels.
 struct Logistic {
@@ -127,16 +122,23 @@ struct Dropout {
     static constexpr uint32_t WEYL_A = 0x9E3779B9, WEYL_B = 0xBB67AE85;
     static constexpr int ROUNDS = 10;
 
+    // The low and the high half of a * b. From 64-bit numbers the compiler makes additions of zero.
+    static __device__ __forceinline__ uint2 product(uint32_t a, uint32_t b) {
+        uint2 halves;
+        asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }"
+            : "=r"(halves.x), "=r"(halves.y)
+            : "r"(a), "r"(b));
+        return halves;
+    }
+
     // The numbers of elements 4 * index to 4 * index + 3.
     __device__ __forceinline__ uint4 philox(uint64_t index) const {
         uint4 counter = make_uint4(uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32));
         uint32_t key_a = uint32_t(seed), key_b = uint32_t(seed >> 32);
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
-            const uint64_t a = uint64_t(MULTIPLIER_A) * counter.x, b = uint64_t(MULTIPLIER_B) * counter.z;
-            counter = make_uint4(
-                uint32_t(b >> 32) ^ counter.y ^ key_a, uint32_t(b), uint32_t(a >> 32) ^ counter.w ^ key_b, uint32_t(a)
-            );
+            const uint2 a = product(MULTIPLIER_A, counter.x), b = product(MULTIPLIER_B, counter.z);
+            counter = make_uint4(b.y ^ counter.y ^ key_a, b.x, a.y ^ counter.w ^ key_b, a.x);
             key_a += WEYL_A;
             key_b += WEYL_B;
         }
@@ -172,6 +174,51 @@ struct Dropout {
         Sum()(v, first);
     }
 };
+
+// Elements come through stages of shared memory, of which every thread has its own places, so that the next ones are
+// under way while the mask is drawn: the generator takes nearly as long as the memory.
+template <typename T>
+__device__ __forceinline__ void apply_dropout(const T* x, T* y, uint64_t n, const Dropout& dropout) {
+    constexpr int LANES = Pack<T>::LANES, UNROLL = 2, STAGES = 3;
+    __shared__ Pack<T> staged[STAGES][UNROLL][BLOCK];
+    const uint64_t packs = aligned(x) && aligned(y) ? n / LANES : 0;
+    const uint64_t tile = uint64_t(BLOCK) * UNROLL, stride = gridDim.x * tile, whole = packs / tile * tile;
+    auto fetch = [&](int stage, uint64_t base) {
+        if (base < whole) {
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++)
+                copy_async<PACK_BYTES>(
+                    &staged[stage][u][threadIdx.x], x + (base + u * BLOCK + threadIdx.x) * LANES
+                );
+        }
+        end_copies();
+    };
+    uint64_t base = blockIdx.x * tile;
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) fetch(s, base + s * stride);
+    for (int stage = 0; base < whole; base += stride, stage = stage + 1 == STAGES ? 0 : stage + 1) {
+        wait_for_copies<STAGES - 1>();
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            float values[LANES];
+            unpack(staged[stage][u][threadIdx.x], values);
+            dropout.mask(values, (base + u * BLOCK + threadIdx.x) * LANES);
+            store_aligned(y + (base + u * BLOCK + threadIdx.x) * LANES, pack_of<T>(values));
+        }
+        fetch(stage, base + STAGES * stride);
+    }
+    for (uint64_t pack = whole + global_thread(); pack < packs; pack += grid_threads()) {
+        float values[1][LANES];
+        unpack(load_aligned(x + pack * LANES), values[0]);
+        dropout(values, pack * LANES);
+        store_aligned(y + pack * LANES, pack_of<T>(values[0]));
+    }
+    for (uint64_t i = packs * LANES + global_thread(); i < n; i += grid_threads()) {
+        float value[1] = {to_float(x[i])};
+        dropout.mask(value, i);
+        y[i] = from_float<T>(value[0]);
+    }
+}
 
 constexpr int ROW_UNROLL = 4; // rows that a warp has in flight
 
@@ -360,8 +407,7 @@ __device__ __forceinline__ void swiglu_backward(const T* dy, const T* gate_up, T
     KERNEL dropout_##T(                                                                                                \
         const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold, float scale                  \
     ) {                                                                                                                \
-        const T* const in[] = {x};                                                                                     \
-        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
+        apply_dropout(x, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
     }                                                                                                                  \
     KERNEL dropout_add_##T(                                                                                            \
         const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,           \

@@ -47,6 +47,17 @@ template <typename T> __device__ __forceinline__ void unpack(const Pack<T>& pack
     for (int k = 0; k < Pack<T>::LANES; k++) values[k] = to_float(pack.lane[k]);
 }
 
+// By one instruction an element: the compiler cuts words into halves before it widens them.
+template <> __device__ __forceinline__ void unpack<bf16>(const Pack<bf16>& pack, float (&values)[8]) {
+    const uint4& raw = *reinterpret_cast<const uint4*>(&pack);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        values[2 * k] = __uint_as_float(words[k] << 16);
+        values[2 * k + 1] = __uint_as_float(words[k] & 0xffff0000u);
+    }
+}
+
 // Makes the compiler convert a pack again at its next use, instead of keeping twice the registers alive until then.
 template <typename T> __device__ __forceinline__ void forget_values(Pack<T>& pack) {
     uint4& raw = *reinterpret_cast<uint4*>(&pack);
@@ -109,6 +120,16 @@ template <bool VECTOR, typename T> __device__ __forceinline__ Pack<T> load_pack(
     return pack;
 }
 
+// The same of what is read once: it leaves the cache first, so that what other kernels have just written stays in it.
+template <bool VECTOR, typename T> __device__ __forceinline__ Pack<T> load_once(const T* pointer, int count) {
+    if (!VECTOR) return load_pack<false>(pointer, count);
+    Pack<T> pack;
+    uint4 raw = make_uint4(0, 0, 0, 0);
+    if (count > 0) raw = __ldcs(reinterpret_cast<const uint4*>(pointer));
+    *reinterpret_cast<uint4*>(&pack) = raw;
+    return pack;
+}
+
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void store_pack(T* pointer, int count, const Pack<T>& pack) {
     if (VECTOR) {
@@ -150,8 +171,61 @@ __device__ __forceinline__ float warp_sum(float value) {
     return value;
 }
 
+// The sums of N values over a warp, N a power of two: lane l gets that of value l / (32 / N). Every step halves the
+// values that a lane carries, so that all take about as many steps as one.
+template <int N> __device__ __forceinline__ float warp_sums(float (&values)[N]) {
+    int offset = WARP / 2;
+#pragma unroll
+    for (int half = N / 2; half > 0; half /= 2, offset /= 2) {
+        const bool upper = threadIdx.x & offset;
+#pragma unroll
+        for (int k = 0; k < half; k++) {
+            const float given = upper ? values[k] : values[k + half];
+            const float kept = upper ? values[k + half] : values[k];
+            values[k] = kept + __shfl_xor_sync(ALL_LANES, given, offset);
+        }
+    }
+    float sum = values[0];
+#pragma unroll
+    for (; offset > 0; offset /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, offset);
+    return sum;
+}
+
+// Starts a copy of 4, 8 or 16 bytes to shared memory, both addresses aligned to as many. Nobody waits for it before
+// wait_for_copies, and only the thread that started it may then count on the bytes.
+template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, const void* global) {
+    const uint32_t target = uint32_t(__cvta_generic_to_shared(shared));
+    if constexpr (BYTES == PACK_BYTES)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(BYTES) : "memory");
+}
+
+// The same for 16 bytes that are read once; see load_once.
+__device__ __forceinline__ void copy_once(void* shared, const void* global) {
+    const uint32_t target = uint32_t(__cvta_generic_to_shared(shared));
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "l"(policy)
+                 : "memory");
+}
+
+// Ends a group of copies; groups may be empty.
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most the last LEFT groups of this thread are under way.
+template <int LEFT> __device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+
+// 2^x to about two units in the last place; results below the normal numbers are zero.
+__device__ __forceinline__ float exp2_approximate(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // e^x to about two units in the last place for results that matter next to 1.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+__device__ __forceinline__ float fast_exp(float x) { return exp2_approximate(x * 1.4426950409f); }
 
 __device__ __forceinline__ uint64_t global_thread() { return uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ uint64_t grid_threads() { return uint64_t(gridDim.x) * blockDim.x; }
@@ -245,6 +319,43 @@ __device__ __forceinline__ void write_column_sums(
         if (column < tile.column + tile.count) out[column] = sum;
     }
     __syncthreads();
+}
+
+// Adds the partial sums of a column tile, in order, to the gradient, in the last of the blocks that write them.
+// `counters` has a zero for every tile and is left so. Every block of the tile calls this once, after its partial sums.
+template <typename T>
+__device__ __forceinline__ void finish_columns(
+    const ColumnTile<T>& tile, const float* partial, int partials, int cols, T* gradient, unsigned* counters
+) {
+    __shared__ bool is_last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        // The sums of all threads, which the barrier has put before this, must be seen by whoever sees the count.
+        __threadfence();
+        is_last = atomicAdd(&counters[blockIdx.x], 1u) == gridDim.y - 1;
+        if (is_last) counters[blockIdx.x] = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (!is_last) return;
+    constexpr int UNROLL = 16;
+    for (int i = threadIdx.x; i < ColumnTile<T>::COLUMNS; i += BLOCK) {
+        const int column = blockIdx.x * ColumnTile<T>::COLUMNS + i;
+        if (column >= cols) continue;
+        const float before = to_float(gradient[column]);
+        float sum = 0.0f;
+        for (int first = 0; first < partials; first += UNROLL) {
+            float part[UNROLL];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                // Other multiprocessors wrote these: not from this one's cache.
+                part[u] = first + u < partials ? __ldcg(partial + uint64_t(first + u) * cols + column) : 0.0f;
+            }
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) sum += part[u];
+        }
+        gradient[column] = from_float<T>(before + sum);
+    }
 }
 
 // Rows [first, end) of slice `index` of `slices` equal ones.

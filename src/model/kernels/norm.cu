@@ -2,74 +2,64 @@
 // sums over columns for the gradients of weights and biases.
 //
 // kernel (suffix _f32, _bf16, _f16)  arguments                                                          grid    block
-// layer_norm_forward    const T* x, const T* weight, const T* bias, T* y, float2* stats,                any     256
+// layer_norm_forward    const T* x, const T* weight, const T* bias, T* y, float2* stats,                any     [1]
 //                       uint64_t rows, int cols, float eps                                              [1]
-// rms_norm_forward      const T* x, const T* weight, T* y, float* stats, uint64_t rows, int cols,       any     256
+// rms_norm_forward      const T* x, const T* weight, T* y, float* stats, uint64_t rows, int cols,       any     [1]
 //                       float eps                                                                       [1]
-// layer_norm_backward   const T* dy, const T* x, const T* weight, const float2* stats,                  P       512
+// layer_norm_backward   const T* dy, const T* x, const T* weight, const float2* stats,                  P       [2]
 //                       const T* residual, T* dx, float* partial_dw, float* partial_db,
 //                       uint64_t rows, int cols, int P
-// rms_norm_backward     const T* dy, const T* x, const T* weight, const float* stats,                   P       512
+// rms_norm_backward     const T* dy, const T* x, const T* weight, const float* stats,                   P       [2]
 //                       const T* residual, T* dx, float* partial_dw, uint64_t rows, int cols, int P
-// column_sums           const T* dy, float* partial, uint64_t rows, int cols, int P                     [2], P  256
-// accumulate_columns    const float* partial, int P, int cols, T* gradient                              ceil(cols / 32)  512
+// column_sums           const T* dy, float* partial, uint64_t rows, int cols, T* gradient,              [3], P  256
+//                       unsigned* counters
+// accumulate_columns    const float* partial, T* gradient, const float* partial2, T* gradient2,         [4]     512
+//                       int P, int cols
 //
-// [1] min(rows, 2048) is good.   [2] x: ceil(cols / (512 / sizeof(T))), y: P.
-// No dynamic shared memory. Scratch: partial_dw, partial_db and partial are float[P * cols], wholly written; then
-// accumulate_columns adds them to the gradient. P decides the order of the sums, so it must be the same number on every
-// GPU: 128 is good for both.
+// A pack is 16 bytes of a row.
+// [1] W warps, the power of two from which 256 W is at least a row's packs, but at most 8. For W = 1 any number of
+// warps, of which each takes a row: 4, and a grid of ceil(rows / 4), are good. Else a block takes a row: a grid of rows.
+// [2] 512 up to 512 packs a row, else 1024.   [3] ceil(cols / (512 / sizeof(T))).
+// [4] x: ceil(cols / 32), y: 1, or 2 for both pairs of partial sums and gradient.
+// Dynamic shared memory: 98304 bytes for the backward kernels. Scratch: partial_dw, partial_db and partial are
+// float[P * cols], wholly written; then accumulate_columns adds them to the gradients. column_sums does that itself if
+// `counters`, a zero for each of [3], left so, is not null. P decides the order of the sums, so it must be the same
+// number on every GPU: 256 is good for the backward kernels, 32 for column_sums.
 // stats is (mean, 1 / standard deviation) a row, or the second alone for RMS. residual may be null; dx may be any of
 // dy, x and residual. y may be x.
 
+#include "columns.cuh"
 #include "common.cuh"
 
-constexpr int NORM_BLOCK = 512; // threads a block of the backward kernels
-// Of a row in a thread's registers: 32 elements, so that a block holds 8192.
-template <typename T> constexpr int FORWARD_PACKS = 32 / Pack<T>::LANES;
-// Blocks a multiprocessor that leave the registers for them.
-template <typename T> constexpr int FORWARD_RESIDENT = sizeof(T) == sizeof(float) ? 2 : 4;
-constexpr int MAX_WARPS = NORM_BLOCK / WARP;
+constexpr int ROW_PACKS = 8;              // of a row that a thread of the forward kernels keeps
+constexpr int MOST_FORWARD_THREADS = 256; // threads a block
+constexpr int FORWARD_RESIDENT = 4;       // blocks of as many threads that must fit on a multiprocessor
+constexpr int NARROW_BLOCK = 512;         // threads a block of the backward kernels, up to as many packs a row
+constexpr int WIDE_BLOCK = 1024;
+constexpr int MAX_WARPS = WIDE_BLOCK / WARP;
+constexpr int MOST_ROWS = 2; // that a group of threads of the backward kernels works on at once
+constexpr int MOST_STAGES = 2, INPUTS = 3;
 
-// Threads that work on one row. Groups of a block do not wait for each other.
-struct RowGroup {
-    int size, index, count, thread;
-
-    __device__ __forceinline__ RowGroup(int wanted, int block) {
-        size = WARP;
-        while (size < wanted && size < block) size *= 2;
-        index = threadIdx.x / size;
-        count = block / size;
-        thread = threadIdx.x % size;
-    }
-
-    __device__ __forceinline__ void barrier() const {
-        // Barrier 0 is that of the whole block.
-        asm volatile("bar.sync %0, %1;" ::"r"(index + 1), "r"(size) : "memory");
-    }
-};
-
-// Sums over a group, the same in all of its threads. The two halves of `shared` take turns, so that one barrier a sum
-// is enough: whoever writes to a half has passed the barrier after its last reading.
-template <int K> struct GroupSum {
-    float (*shared)[MAX_WARPS][K];
+// Sums over a block, or a warp of it, the same in all of its threads. The two halves of `shared` take turns, so that
+// one barrier a sum is enough: whoever writes to a half has passed the barrier after its last reading.
+template <int K, bool ONE_WARP, int WARPS> struct BlockSum {
+    float (*shared)[WARPS][K];
     int half = 0;
 
-    __device__ __forceinline__ void operator()(const RowGroup& group, float (&values)[K]) {
+    __device__ __forceinline__ void operator()(float (&values)[K]) {
 #pragma unroll
         for (int k = 0; k < K; k++) values[k] = warp_sum(values[k]);
-        if (group.size == WARP) return;
-        const int warp = threadIdx.x / WARP;
+        if (ONE_WARP) return;
         if (threadIdx.x % WARP == 0) {
 #pragma unroll
-            for (int k = 0; k < K; k++) shared[half][warp][k] = values[k];
+            for (int k = 0; k < K; k++) shared[half][threadIdx.x / WARP][k] = values[k];
         }
-        group.barrier();
-        const int first = group.index * (group.size / WARP);
+        __syncthreads();
 #pragma unroll
         for (int k = 0; k < K; k++) values[k] = 0.0f;
-        for (int w = 0; w < group.size / WARP; w++) {
+        for (int w = 0; w < blockDim.x / WARP; w++) {
 #pragma unroll
-            for (int k = 0; k < K; k++) values[k] += shared[half][first + w][k];
+            for (int k = 0; k < K; k++) values[k] += shared[half][w][k];
         }
         half ^= 1;
     }
@@ -85,42 +75,45 @@ __device__ __forceinline__ float2 read_stats(const float* stats, uint64_t row) {
 // Stats is float2 for layer norm and float for RMS norm.
 template <typename Stats> constexpr bool CENTERED = sizeof(Stats) == sizeof(float2);
 
-template <typename Stats, bool VECTOR, typename T>
+// (x - mean) / standard deviation. One fused operation is enough for 16 bits; in fp32 it would lose what a large mean has in
+// common with x.
+template <typename Stats, typename T> __device__ __forceinline__ float normalized_of(float x, float2 moments) {
+    if (!CENTERED<Stats>) return x * moments.y;
+    if (sizeof(T) == sizeof(float)) return (x - moments.x) * moments.y;
+    return fmaf(x, moments.y, -moments.x * moments.y);
+}
+
+// A row belongs to a warp, or to the whole block where it has more packs than a warp keeps. PACKS of a thread's packs stay
+// in registers; those of a row that is too wide for them, or where addresses are not aligned, are read again.
+template <typename Stats, int PACKS, bool ONE_WARP, bool VECTOR, typename T>
 __device__ __forceinline__ void norm_forward(
     const T* x, const T* weight, const T* bias, T* y, Stats* stats, uint64_t rows, int cols, float eps,
-    float (*shared)[MAX_WARPS][1]
+    float (*shared)[MOST_FORWARD_THREADS / WARP][1]
 ) {
-    constexpr int LANES = Pack<T>::LANES;
-    constexpr int PACKS = FORWARD_PACKS<T>;
-    const int packs = (cols + LANES - 1) / LANES;
-    const RowGroup group((packs + PACKS - 1) / PACKS, BLOCK);
-    const bool vector_weight = VECTOR && aligned(weight) && (!CENTERED<Stats> || aligned(bias));
-    GroupSum<1> group_sum{shared};
-    for (uint64_t row = uint64_t(blockIdx.x) * group.count + group.index; row < rows;
-         row += uint64_t(gridDim.x) * group.count) {
+    constexpr int LANES = Pack<T>::LANES, KEPT = VECTOR ? PACKS : 0;
+    const int threads = ONE_WARP ? WARP : blockDim.x, thread = ONE_WARP ? threadIdx.x % WARP : threadIdx.x;
+    const int stride = threads * LANES, first_column = thread * LANES;
+    BlockSum<1, ONE_WARP, MOST_FORWARD_THREADS / WARP> block_sum{shared};
+    for (uint64_t row = ONE_WARP ? global_thread() / WARP : blockIdx.x; row < rows;
+         row += ONE_WARP ? grid_threads() / WARP : gridDim.x) {
         const T* x_row = x + row * cols;
         T* y_row = y + row * cols;
         Pack<T> loaded[PACKS];
-        // Calls f(column, count, pack) for this thread's packs: the first ones from registers, those of a row that is
-        // too wide for them from memory again.
+#pragma unroll
+        for (int p = 0; p < KEPT; p++)
+            loaded[p] = load_pack<VECTOR>(x_row + first_column + p * stride, cols - first_column - p * stride);
+        // Calls f(column, count, pack) for this thread's packs in order; count may be negative.
         auto for_packs = [&](auto f) {
 #pragma unroll
-            for (int p = 0; p < PACKS; p++) {
+            for (int p = 0; p < KEPT; p++) {
+                // The same for all threads, other than whether a pack exists.
+                if (p * stride >= cols) break;
                 forget_values(loaded[p]);
-                const int column = (p * group.size + group.thread) * LANES;
-                if (column < cols) f(column, cols - column, loaded[p]);
+                f(first_column + p * stride, cols - first_column - p * stride, loaded[p]);
             }
-            for (int pack = PACKS * group.size + group.thread; pack < packs; pack += group.size) {
-                const int column = pack * LANES;
+            for (int column = first_column + KEPT * stride; column < cols; column += stride)
                 f(column, cols - column, load_pack<VECTOR>(x_row + column, cols - column));
-            }
         };
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) {
-            const int column = (p * group.size + group.thread) * LANES;
-            loaded[p] = load_pack<VECTOR>(x_row + column, cols - column);
-        }
-
         float mean = 0.0f;
         if (CENTERED<Stats>) {
             float sum[1] = {0.0f};
@@ -130,144 +123,213 @@ __device__ __forceinline__ void norm_forward(
 #pragma unroll
                 for (int k = 0; k < LANES; k++) sum[0] += values[k];
             });
-            group_sum(group, sum);
+            block_sum(sum);
             mean = sum[0] / cols;
         }
         float squares[1] = {0.0f};
         for_packs([&](int, int count, const Pack<T>& pack) {
             float values[LANES];
             unpack(pack, values);
+            if (VECTOR && count <= 0) return;
 #pragma unroll
             for (int k = 0; k < LANES; k++) {
                 const float centered = values[k] - mean;
-                if (VECTOR || k < count) squares[0] += centered * centered;
+                if (VECTOR || k < count) squares[0] = fmaf(centered, centered, squares[0]);
             }
         });
-        group_sum(group, squares);
+        block_sum(squares);
         const float rstd = rsqrtf(squares[0] / cols + eps);
-        if (group.thread == 0) write_stats(stats, row, mean, rstd);
-
+        if (thread == 0) write_stats(stats, row, mean, rstd);
         for_packs([&](int column, int count, const Pack<T>& pack) {
             float values[LANES], w[LANES], b[LANES];
+            unpack(load_pack<VECTOR>(weight + column, count), w);
+            if (CENTERED<Stats>) unpack(load_pack<VECTOR>(bias + column, count), b);
             unpack(pack, values);
-            load_floats(weight + column, count, vector_weight, w);
-            if (CENTERED<Stats>) load_floats(bias + column, count, vector_weight, b);
 #pragma unroll
             for (int k = 0; k < LANES; k++) {
-                values[k] = (values[k] - mean) * rstd * w[k];
-                if (CENTERED<Stats>) values[k] += b[k];
+                const float normalized = normalized_of<Stats, T>(values[k], make_float2(mean, rstd));
+                values[k] = CENTERED<Stats> ? fmaf(normalized, w[k], b[k]) : normalized * w[k];
             }
             store_pack<VECTOR>(y_row + column, count, pack_of<T>(values));
         });
     }
 }
 
-// Columns of a row are kept PACKS packs a thread, ROWS rows are in flight at once, and each thread sums the gradients
-// of weight and bias of its columns over all of its block's rows.
-template <typename Stats, int PACKS, int ROWS, bool VECTOR, typename T>
+// What the blocks of the backward kernels keep in shared memory besides the stages.
+struct BackwardShared {
+    float sums[2][MAX_WARPS][2 * MOST_ROWS];
+    // A copy for each warp, so that warps do not wait for each other.
+    alignas(8) float2 stats[MOST_STAGES][MAX_WARPS][MOST_ROWS];
+};
+
+// Columns of a row are kept PACKS packs a thread, each group of threads works on ROWS rows at once, and each thread sums
+// the gradients of weight and bias of its columns over all of its rows.
+//
+// Inputs come through STAGES stages of shared memory. Every thread copies what it alone reads later, so the pipeline
+// needs no barrier; those of the sums of a row are the only ones, and whole blocks take part in them.
+template <typename Stats, int THREADS, int PACKS, int ROWS, int STAGES, bool VECTOR, typename T>
 __device__ __forceinline__ void norm_backward(
     const T* dy, const T* x, const T* weight, const Stats* stats, const T* residual, T* dx, float* partial_dw,
-    float* partial_db, uint64_t rows, int cols, int partials, const RowGroup& group, float* scratch
+    float* partial_db, uint64_t rows, int cols, int partials, Pack<T>* stages, BackwardShared& shared
 ) {
     constexpr int LANES = Pack<T>::LANES;
-    constexpr int SUMS = 2 * ROWS;
-    const bool vector_weight = VECTOR && aligned(weight);
+    constexpr int SUMS = CENTERED<Stats> ? 2 * ROWS : ROWS;
+    constexpr int SUM_LANES = WARP / SUMS; // lanes that share a sum
+    int size = WARP;
+    while (size * LANES * PACKS < cols && size < THREADS) size *= 2;
+    const int groups = THREADS / size, index = threadIdx.x / size, thread = threadIdx.x % size;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const int group_warps = size / WARP, first_warp = index * group_warps;
     const float scale = 1.0f / cols;
-    GroupSum<SUMS> group_sum{reinterpret_cast<float(*)[MAX_WARPS][SUMS]>(scratch)};
-    int column[PACKS], count[PACKS];
-    Pack<T> weights[PACKS];
-    float dw[PACKS][LANES], db[PACKS][LANES];
+    float w[PACKS][LANES], dw[PACKS][LANES], db[PACKS][LANES];
+    auto column = [&](int p) { return (p * size + thread) * LANES; };
 #pragma unroll
     for (int p = 0; p < PACKS; p++) {
-        column[p] = (p * group.size + group.thread) * LANES;
-        count[p] = cols - column[p];
-        weights[p] = vector_weight ? load_pack<true>(weight + column[p], count[p])
-                                   : load_pack<false>(weight + column[p], count[p]);
+        unpack(load_pack<VECTOR>(weight + column(p), cols - column(p)), w[p]);
 #pragma unroll
         for (int k = 0; k < LANES; k++) dw[p][k] = db[p][k] = 0.0f;
     }
 
-    const uint64_t stride = uint64_t(partials) * group.count * ROWS;
-    for (uint64_t first = (uint64_t(blockIdx.x) * group.count + group.index) * ROWS; first < rows; first += stride) {
-        Pack<T> dy_pack[ROWS][PACKS], x_pack[ROWS][PACKS], residual_pack[ROWS][PACKS];
-        float2 moments[ROWS];
+    auto staged = [&](int stage, int input, int r, int p) -> Pack<T>& {
+        return stages[(((stage * INPUTS + input) * ROWS + r) * PACKS + p) * THREADS + threadIdx.x];
+    };
+    if (VECTOR) {
+        // What lies beyond the row is never copied, and adds nothing.
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const bool exists = first + r < rows;
-            const uint64_t start = (first + r) * cols;
-#pragma unroll
-            for (int p = 0; p < PACKS; p++) {
-                const int n = exists ? count[p] : 0;
-                dy_pack[r][p] = load_pack<VECTOR>(dy + start + column[p], n);
-                x_pack[r][p] = load_pack<VECTOR>(x + start + column[p], n);
-                residual_pack[r][p] = load_pack<VECTOR>(residual + start + column[p], residual ? n : 0);
-            }
-            moments[r] = exists ? read_stats(stats, first + r) : make_float2(0.0f, 0.0f);
-        }
-        float sums[SUMS];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            sums[2 * r] = sums[2 * r + 1] = 0.0f;
+        for (int i = 0; i < STAGES * INPUTS * ROWS; i++) {
 #pragma unroll
             for (int p = 0; p < PACKS; p++) {
-                float d[LANES], v[LANES], w[LANES];
-                unpack(weights[p], w);
-                unpack(dy_pack[r][p], d);
-                unpack(x_pack[r][p], v);
-#pragma unroll
-                for (int k = 0; k < LANES; k++) {
-                    // Lanes beyond the row have d = 0 and add nothing.
-                    const float normalized = (v[k] - moments[r].x) * moments[r].y;
-                    const float scaled = d[k] * w[k];
-                    sums[2 * r] += scaled;
-                    sums[2 * r + 1] += scaled * normalized;
-                    dw[p][k] += d[k] * normalized;
-                    db[p][k] += d[k];
-                }
-            }
-        }
-        group_sum(group, sums);
-#pragma unroll
-        for (int p = 0; p < PACKS; p++) forget_values(weights[p]);
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            const float mean_scaled = CENTERED<Stats> ? sums[2 * r] * scale : 0.0f;
-            const float mean_product = sums[2 * r + 1] * scale;
-#pragma unroll
-            for (int p = 0; p < PACKS; p++) {
-                forget_values(dy_pack[r][p]);
-                forget_values(x_pack[r][p]);
-                float d[LANES], v[LANES], w[LANES], out[LANES];
-                unpack(weights[p], w);
-                unpack(dy_pack[r][p], d);
-                unpack(x_pack[r][p], v);
-                unpack(residual_pack[r][p], out);
-#pragma unroll
-                for (int k = 0; k < LANES; k++) {
-                    const float normalized = (v[k] - moments[r].x) * moments[r].y;
-                    out[k] += moments[r].y * (d[k] * w[k] - mean_scaled - normalized * mean_product);
-                }
-                const int n = first + r < rows ? count[p] : 0;
-                store_pack<VECTOR>(dx + (first + r) * cols + column[p], n, pack_of<T>(out));
+                if (column(p) >= cols) stages[(i * PACKS + p) * THREADS + threadIdx.x] = load_pack<false>(dy, 0);
             }
         }
     }
+    // `at` is where this thread's first pack of row `first` begins.
+    auto fetch = [&](int stage, uint64_t first, uint64_t at) {
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (first + r >= rows) break;
+#pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                const uint64_t from = at + uint32_t(r * cols + p * size * LANES);
+                const int count = cols - column(p);
+                if (VECTOR) {
+                    if (count > 0) {
+                        copy_async<PACK_BYTES>(&staged(stage, 0, r, p), dy + from);
+                        copy_async<PACK_BYTES>(&staged(stage, 1, r, p), x + from);
+                        if (residual) copy_async<PACK_BYTES>(&staged(stage, 2, r, p), residual + from);
+                    }
+                } else {
+                    staged(stage, 0, r, p) = load_pack<false>(dy + from, count);
+                    staged(stage, 1, r, p) = load_pack<false>(x + from, count);
+                    if (residual) staged(stage, 2, r, p) = load_pack<false>(residual + from, count);
+                }
+            }
+        }
+        if (lane < ROWS && first + lane < rows)
+            copy_async<sizeof(Stats)>(&shared.stats[stage][warp][lane], stats + first + lane);
+        end_copies();
+    };
+
+    const uint64_t tile = uint64_t(groups) * ROWS, stride = partials * tile;
+    uint64_t first = blockIdx.x * tile + index * ROWS, at = first * cols + column(0);
+    const uint64_t at_stride = stride * cols;
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) fetch(s, first + s * stride, at + s * at_stride);
+    int stage = 0, half = 0; // of the stages, and of the two places for sums
+    // As many steps for all groups of a block: barriers are for all of its threads.
+    for (uint64_t base = blockIdx.x * tile; base < rows; base += stride, first += stride, at += at_stride) {
+        wait_for_copies<STAGES - 1>();
+        __syncwarp();
+        const float2* moments = shared.stats[stage][warp];
+        auto moments_of = [&](int r) { return read_stats(reinterpret_cast<const Stats*>(moments + r), 0); };
+        float sums[SUMS] = {};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (first + r >= rows) break;
+            const float2 m = moments_of(r);
+            float sum = 0.0f, product = 0.0f;
+#pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                float d[LANES], v[LANES];
+                unpack(staged(stage, 0, r, p), d);
+                unpack(staged(stage, 1, r, p), v);
+#pragma unroll
+                for (int k = 0; k < LANES; k++) {
+                    const float normalized = normalized_of<Stats, T>(v[k], m);
+                    const float scaled = d[k] * w[p][k];
+                    sum += scaled;
+                    product = fmaf(scaled, normalized, product);
+                    dw[p][k] = fmaf(d[k], normalized, dw[p][k]);
+                    db[p][k] += d[k];
+                }
+            }
+            if (CENTERED<Stats>) sums[ROWS + r] = sum;
+            sums[r] = product;
+        }
+        // Each warp adds the sums of all warps of its group, lanes in turns, and hands them round.
+        const float mine = warp_sums(sums);
+        if (lane % SUM_LANES == 0) shared.sums[half][warp][lane / SUM_LANES] = mine;
+        __syncthreads();
+        float total = 0.0f;
+#pragma unroll
+        for (int i = 0; i < THREADS / WARP; i += SUM_LANES) {
+            const int other = i + lane % SUM_LANES;
+            if (other < group_warps) total += shared.sums[half][first_warp + other][lane / SUM_LANES];
+        }
+#pragma unroll
+        for (int offset = SUM_LANES / 2; offset > 0; offset /= 2) total += __shfl_xor_sync(ALL_LANES, total, offset);
+        total *= scale;
+#pragma unroll
+        for (int k = 0; k < SUMS; k++) sums[k] = __shfl_sync(ALL_LANES, total, k * SUM_LANES);
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+            if (first + r >= rows) break;
+            // rstd * (d * w - mean(d * w) - normalized * mean(d * w * normalized)); for 16 bits as a function of d * w and x.
+            const float2 m = moments_of(r);
+            const float slope = -m.y * m.y * sums[r];
+            const float constant = CENTERED<Stats> ? fmaf(-m.x, slope, -m.y * sums[ROWS + r]) : 0.0f;
+#pragma unroll
+            for (int p = 0; p < PACKS; p++) {
+                float d[LANES], v[LANES], out[LANES];
+                unpack(residual ? staged(stage, 2, r, p) : load_pack<false>(residual, 0), out);
+                unpack(staged(stage, 0, r, p), d);
+                unpack(staged(stage, 1, r, p), v);
+#pragma unroll
+                for (int k = 0; k < LANES; k++) {
+                    if (sizeof(T) == sizeof(float)) {
+                        const float centered = CENTERED<Stats> ? d[k] * w[p][k] - sums[ROWS + r] : d[k] * w[p][k];
+                        out[k] += m.y * (centered - normalized_of<Stats, T>(v[k], m) * sums[r]);
+                    } else {
+                        if (CENTERED<Stats>) out[k] += constant;
+                        out[k] = fmaf(d[k] * w[p][k], m.y, fmaf(v[k], slope, out[k]));
+                    }
+                }
+                store_pack<VECTOR>(dx + at + uint32_t(r * cols + p * size * LANES), cols - column(p), pack_of<T>(out));
+            }
+        }
+        __syncwarp(); // all lanes have read the moments; the rest of the stage is this thread's own
+        fetch(stage, first + STAGES * stride, at + STAGES * at_stride);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        half ^= 1;
+    }
+    wait_for_copies<0>();
 
     // The groups' sums, in order of the groups. Several groups mean one pack a thread.
+    float* scratch = reinterpret_cast<float*>(stages);
     auto write = [&](const float(&values)[PACKS][LANES], float* out) {
-        if (group.count == 1) {
+        if (groups == 1) {
 #pragma unroll
-            for (int p = 0; p < PACKS; p++) store_floats(out + column[p], count[p], values[p]);
+            for (int p = 0; p < PACKS; p++) store_floats(out + column(p), cols - column(p), values[p]);
             return;
         }
-        const int width = group.size * LANES;
+        const int width = size * LANES;
         __syncthreads();
 #pragma unroll
-        for (int k = 0; k < LANES; k++) scratch[group.index * width + k * group.size + group.thread] = values[0][k];
+        for (int k = 0; k < LANES; k++) scratch[index * width + k * size + thread] = values[0][k];
         __syncthreads();
-        for (int c = threadIdx.x; c < cols; c += NORM_BLOCK) {
+        for (int c = threadIdx.x; c < cols; c += THREADS) {
             float sum = 0.0f;
-            for (int g = 0; g < group.count; g++) sum += scratch[g * width + c % LANES * group.size + c / LANES];
+            for (int g = 0; g < groups; g++) sum += scratch[g * width + c % LANES * size + c / LANES];
             out[c] = sum;
         }
     };
@@ -279,12 +341,12 @@ __device__ __forceinline__ void norm_backward(
 template <typename Stats, typename T>
 __device__ void norm_backward_wide(
     const T* dy, const T* x, const T* weight, const Stats* stats, const T* residual, T* dx, float* partial_dw,
-    float* partial_db, uint64_t rows, int cols, int partials, const RowGroup& group, float* scratch
+    float* partial_db, uint64_t rows, int cols, int partials, BackwardShared& shared
 ) {
-    GroupSum<2> group_sum{reinterpret_cast<float(*)[MAX_WARPS][2]>(scratch)};
+    BlockSum<2, false, MAX_WARPS> block_sum{reinterpret_cast<float(*)[MAX_WARPS][2]>(shared.sums)};
     float* dw = partial_dw + uint64_t(blockIdx.x) * cols;
     float* db = CENTERED<Stats> ? partial_db + uint64_t(blockIdx.x) * cols : nullptr;
-    for (int c = threadIdx.x; c < cols; c += NORM_BLOCK) {
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
         dw[c] = 0.0f;
         if (CENTERED<Stats>) db[c] = 0.0f;
     }
@@ -292,7 +354,7 @@ __device__ void norm_backward_wide(
         const uint64_t start = row * cols;
         const float2 moments = read_stats(stats, row);
         float sums[2] = {0.0f, 0.0f};
-        for (int c = threadIdx.x; c < cols; c += NORM_BLOCK) {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) {
             const float d = to_float(dy[start + c]);
             const float normalized = (to_float(x[start + c]) - moments.x) * moments.y;
             const float scaled = d * to_float(weight[c]);
@@ -301,9 +363,9 @@ __device__ void norm_backward_wide(
             dw[c] += d * normalized;
             if (CENTERED<Stats>) db[c] += d;
         }
-        group_sum(group, sums);
+        block_sum(sums);
         const float mean_scaled = CENTERED<Stats> ? sums[0] / cols : 0.0f, mean_product = sums[1] / cols;
-        for (int c = threadIdx.x; c < cols; c += NORM_BLOCK) {
+        for (int c = threadIdx.x; c < cols; c += blockDim.x) {
             const float normalized = (to_float(x[start + c]) - moments.x) * moments.y;
             float out = residual ? to_float(residual[start + c]) : 0.0f;
             out += moments.y *
@@ -313,32 +375,31 @@ __device__ void norm_backward_wide(
     }
 }
 
-// As many rows at once as the registers hold.
-template <typename Stats, bool VECTOR, typename T, typename... Args>
-__device__ __forceinline__ void norm_backward_sized(
-    const RowGroup& group, int packs, float* scratch, const T* dy, Args... args
-) {
-    if (packs <= NORM_BLOCK) norm_backward<Stats, 1, 4, VECTOR, T>(dy, args..., group, scratch);
-    else if (packs <= 2 * NORM_BLOCK)
-        norm_backward<Stats, 2, CENTERED<Stats> ? 1 : 2, VECTOR, T>(dy, args..., group, scratch);
-    else if (packs <= 4 * NORM_BLOCK) norm_backward<Stats, 4, 1, VECTOR, T>(dy, args..., group, scratch);
-    else norm_backward_wide<Stats, T>(dy, args..., group, scratch);
-}
-
 template <typename Stats, typename T>
 __device__ __forceinline__ void norm_backward_any(
     const T* dy, const T* x, const T* weight, const Stats* stats, const T* residual, T* dx, float* partial_dw,
     float* partial_db, uint64_t rows, int cols, int partials
 ) {
     constexpr int LANES = Pack<T>::LANES;
-    __shared__ float scratch[NORM_BLOCK * LANES];
+    extern __shared__ uint4 dynamic_shared[];
+    __shared__ BackwardShared shared;
+    Pack<T>* stages = reinterpret_cast<Pack<T>*>(dynamic_shared);
     const int packs = (cols + LANES - 1) / LANES;
-    const RowGroup group(packs, NORM_BLOCK);
-    const bool vector = rows_aligned(dy, cols) && aligned(x) && aligned(residual) && aligned(dx);
+    const bool vector =
+        rows_aligned(dy, cols) && aligned(x) && aligned(residual) && aligned(dx) && aligned(weight);
     by_alignment(vector, [&](auto v) {
-        norm_backward_sized<Stats, VECTOR_OF(v)>(
-            group, packs, scratch, dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, partials
-        );
+#define WORK(THREADS, PACKS, ROWS, STAGES)                                                               \
+    norm_backward<Stats, THREADS, PACKS, ROWS, STAGES, VECTOR_OF(v)>(                                     \
+        dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, partials, stages, shared \
+    )
+        if (packs <= NARROW_BLOCK) WORK(NARROW_BLOCK, 1, MOST_ROWS, MOST_STAGES);
+        else if (packs <= WIDE_BLOCK) WORK(WIDE_BLOCK, 1, 1, MOST_STAGES);
+        else if (packs <= 2 * WIDE_BLOCK) WORK(WIDE_BLOCK, 2, 1, 1);
+        else
+            norm_backward_wide(
+                dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, partials, shared
+            );
+#undef WORK
     });
 }
 
@@ -346,78 +407,38 @@ template <typename Stats, typename T>
 __device__ __forceinline__ void norm_forward_any(
     const T* x, const T* weight, const T* bias, T* y, Stats* stats, uint64_t rows, int cols, float eps
 ) {
-    __shared__ float shared[2][MAX_WARPS][1];
-    by_alignment(rows_aligned(x, cols) && aligned(y), [&](auto v) {
-        norm_forward<Stats, VECTOR_OF(v)>(x, weight, bias, y, stats, rows, cols, eps, shared);
+    constexpr int WARP_COLUMNS = WARP * ROW_PACKS * Pack<T>::LANES;
+    __shared__ float shared[2][MOST_FORWARD_THREADS / WARP][1];
+    const bool vector = rows_aligned(x, cols) && aligned(y) && aligned(weight) && aligned(bias);
+    by_alignment(vector, [&](auto v) {
+        auto work = [&](auto packs, auto one_warp) {
+            norm_forward<Stats, decltype(packs)::value, decltype(one_warp)::value != 0, VECTOR_OF(v)>(
+                x, weight, bias, y, stats, rows, cols, eps, shared
+            );
+        };
+        if (cols <= WARP_COLUMNS / 2) work(Constant<ROW_PACKS / 2>(), Constant<1>());
+        else if (cols <= WARP_COLUMNS) work(Constant<ROW_PACKS>(), Constant<1>());
+        else work(Constant<ROW_PACKS>(), Constant<0>());
     });
 }
 
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void column_sums(const T* dy, float* partial, uint64_t rows, int cols, int partials) {
-    constexpr int LANES = Pack<T>::LANES;
-    constexpr int UNROLL = 8;
-    const ColumnTile<T> tile(cols);
-    for (int part = blockIdx.y; part < partials; part += gridDim.y) {
-        const RowSlice slice(rows, part, partials);
-        float sums[LANES] = {};
-        for (uint64_t first = slice.first + tile.warp; first < slice.end; first += UNROLL * tile.WARPS) {
-            Pack<T> loaded[UNROLL];
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                const uint64_t row = first + u * tile.WARPS;
-                loaded[u] = load_pack<VECTOR>(dy + row * cols + tile.column, row < slice.end ? tile.count : 0);
-            }
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float values[LANES];
-                unpack(loaded[u], values);
-#pragma unroll
-                for (int k = 0; k < LANES; k++) sums[k] += values[k];
-            }
-        }
-        write_column_sums(tile, sums, partial + uint64_t(part) * cols);
-    }
-}
-
-// A warp takes every sixteenth partial of 32 columns; then the warps' sums are added in order.
-template <typename T>
-__device__ __forceinline__ void accumulate_columns(const float* partial, int partials, int cols, T* gradient) {
-    constexpr int WARPS = NORM_BLOCK / WARP;
-    __shared__ float shared[WARPS][WARP];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    const int column = blockIdx.x * WARP + lane;
-    float sum = 0.0f;
-    if (column < cols) {
-#pragma unroll 8
-        for (int p = warp; p < partials; p += WARPS) sum += partial[uint64_t(p) * cols + column];
-    }
-    shared[warp][lane] = sum;
-    __syncthreads();
-    if (warp == 0 && column < cols) {
-        float total = shared[0][lane];
-#pragma unroll
-        for (int w = 1; w < WARPS; w++) total += shared[w][lane];
-        gradient[column] = from_float<T>(to_float(gradient[column]) + total);
-    }
-}
-
 #define NORM_KERNELS(T)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT<T>) layer_norm_forward_##T(                  \
+    extern "C" __global__ void __launch_bounds__(MOST_FORWARD_THREADS, FORWARD_RESIDENT) layer_norm_forward_##T(      \
         const T* x, const T* weight, const T* bias, T* y, float2* stats, uint64_t rows, int cols, float eps           \
     ) {                                                                                                               \
         norm_forward_any(x, weight, bias, y, stats, rows, cols, eps);                                                 \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(BLOCK, FORWARD_RESIDENT<T>)                                          \
+    extern "C" __global__ void __launch_bounds__(MOST_FORWARD_THREADS, FORWARD_RESIDENT)                              \
         rms_norm_forward_##T(const T* x, const T* weight, T* y, float* stats, uint64_t rows, int cols, float eps) {   \
         norm_forward_any(x, weight, static_cast<const T*>(nullptr), y, stats, rows, cols, eps);                       \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) layer_norm_backward_##T(                              \
+    extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) layer_norm_backward_##T(                              \
         const T* dy, const T* x, const T* weight, const float2* stats, const T* residual, T* dx, float* partial_dw,   \
         float* partial_db, uint64_t rows, int cols, int P                                                             \
     ) {                                                                                                               \
         norm_backward_any(dy, x, weight, stats, residual, dx, partial_dw, partial_db, rows, cols, P);                 \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK, 1) rms_norm_backward_##T(                                \
+    extern "C" __global__ void __launch_bounds__(WIDE_BLOCK, 1) rms_norm_backward_##T(                                \
         const T* dy, const T* x, const T* weight, const float* stats, const T* residual, T* dx, float* partial_dw,    \
         uint64_t rows, int cols, int P                                                                                \
     ) {                                                                                                               \
@@ -426,12 +447,15 @@ __device__ __forceinline__ void accumulate_columns(const float* partial, int par
         );                                                                                                            \
     }                                                                                                                 \
     extern "C" __global__ void __launch_bounds__(BLOCK)                                                               \
-        column_sums_##T(const T* dy, float* partial, uint64_t rows, int cols, int P) {                                \
-        by_alignment(rows_aligned(dy, cols), [&](auto v) { column_sums<VECTOR_OF(v)>(dy, partial, rows, cols, P); }); \
+        column_sums_##T(const T* dy, float* partial, uint64_t rows, int cols, T* gradient, unsigned* counters) {      \
+        by_alignment(rows_aligned(dy, cols), [&](auto v) {                                                            \
+            column_sums<VECTOR_OF(v)>(dy, partial, rows, cols, gradient, counters);                                   \
+        });                                                                                                           \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(NORM_BLOCK)                                                          \
-        accumulate_columns_##T(const float* partial, int P, int cols, T* gradient) {                                  \
-        accumulate_columns(partial, P, cols, gradient);                                                               \
+    extern "C" __global__ void __launch_bounds__(ACCUMULATE_BLOCK) accumulate_columns_##T(                                \
+        const float* partial, T* gradient, const float* partial2, T* gradient2, int P, int cols                       \
+    ) {                                                                                                               \
+        accumulate_columns(blockIdx.y == 0 ? partial : partial2, P, cols, blockIdx.y == 0 ? gradient : gradient2);    \
     }
 
 FOR_EACH_TYPE(NORM_KERNELS)

@@ -10,12 +10,47 @@ use crate::model::param::Param;
 
 /// Positions of one token that are summed in one go; see `embedding.cu`.
 const SEGMENT: usize = 32;
-/// Columns of a block that sums rows.
+/// Marks a segment whose sum is one of several of its token.
+const PARTIAL: u32 = 1 << 31;
+/// Warps of a block.
+const WARPS: u64 = 8;
+/// Columns of a block that adds up the sums of segments.
 const COLUMNS_PER_BLOCK: usize = 1024;
-const MOST_BLOCKS: u64 = 4096;
+/// More blocks than this only wait for each other.
+const MOST_BLOCKS: u64 = 1 << 16;
 
-fn row_grid(rows: usize) -> Grid {
-    Grid::linear((rows as u64).div_ceil(8).clamp(1, MOST_BLOCKS), 256)
+/// A warp for each `bytes` bytes of each of `rows` rows.
+fn row_grid(rows: usize, width: usize, dtype: DType, bytes: usize) -> Grid {
+    let parts = (width * dtype.size_in_bytes()).div_ceil(bytes);
+    Grid::linear(((rows * parts) as u64).div_ceil(WARPS).clamp(1, MOST_BLOCKS), 256)
+}
+
+/// What `embedding_backward` adds to the rows of a tile.
+#[derive(Default)]
+struct Segments {
+    /// Where each begins in the order of positions, and the end of the last.
+    starts: Vec<u32>,
+    /// The row of the gradient, or the place of its sum, with `PARTIAL`.
+    targets: Vec<u32>,
+    /// First place, number of places and row of each token with several segments.
+    long: Vec<u32>,
+    /// Places for sums.
+    places: u32,
+}
+
+impl Segments {
+    /// Of positions `start..start + length`, all of one token.
+    fn push(&mut self, start: u32, length: usize, row: u32) {
+        let count = length.div_ceil(SEGMENT) as u32;
+        self.starts.extend((start..).step_by(SEGMENT).take(count as usize));
+        if count == 1 {
+            self.targets.push(row);
+            return;
+        }
+        self.targets.extend((self.places..self.places + count).map(|place| PARTIAL | place));
+        self.long.extend([self.places, count, row]);
+        self.places += count;
+    }
 }
 
 /// The element type of activations for weights of this precision.
@@ -44,7 +79,12 @@ impl CudaOps {
                 Arg::U64(tile.rows as u64),
                 Arg::I32(0),
             ];
-            self.launch(&self.embedding, kernel!(dtype, "embedding_forward"), row_grid(ids.len()), &args)?;
+            self.launch(
+                &self.embedding,
+                kernel!(dtype, "embedding_forward"),
+                row_grid(ids.len(), width, dtype, 2048),
+                &args,
+            )?;
         }
         Ok(y)
     }
@@ -67,33 +107,40 @@ impl CudaOps {
                 start += own.iter().map(|run| run.len() as u32).sum::<u32>();
                 continue;
             }
-            let mut starts = vec![start];
+            let mut segments = Segments::default();
             for run in own {
+                segments.push(start, run.len(), (token(run) - tile.row_start) as u32);
                 start += run.len() as u32;
-                starts.push(start);
             }
-            let rows: Vec<u32> = own.iter().map(|run| (token(run) - tile.row_start) as u32).collect();
-            let windows = ((start - starts[0]) as usize).div_ceil(SEGMENT);
-            let (starts, rows) = (self.upload(&starts)?, self.upload(&rows)?);
-            let partial = self.uninitialised((2 * windows, width), DType::F32)?;
-            let columns = width.div_ceil(COLUMNS_PER_BLOCK) as u32;
-            let gradient = Arg::Pointer(tile.gradient as u64);
-            let (run_count, width_arg) = (Arg::I32(count as i32), Arg::I32(width as i32));
+            segments.starts.push(start);
+            let Segments { starts, targets, long, places } = segments;
+            let (count, long_count) = (targets.len(), long.len() / 3);
+            // One copy brings all three.
+            let lists = self.upload(&[&starts[..], &targets, &long].concat())?;
+            let list = |elements: usize| {
+                Ok::<_, candle_core::Error>(Arg::Pointer(self.address(&lists)? + 4 * elements as u64))
+            };
+            let partial = self.uninitialised((places as usize, width), DType::F32)?;
+            let (gradient, width_arg) = (Arg::Pointer(tile.gradient as u64), Arg::I32(width as i32));
             let args = [
                 self.pointer(dy)?,
                 self.pointer(&order_on_device)?,
-                self.pointer(&starts)?,
-                self.pointer(&rows)?,
+                list(0)?,
+                list(starts.len())?,
                 gradient,
                 self.pointer(&partial)?,
-                run_count,
+                Arg::I32(count as i32),
                 width_arg,
             ];
-            let grid = Grid { blocks: [windows as u32, columns, 1], threads: 256, shared: 0 };
+            let grid = row_grid(count, width, dtype, 2048);
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward"), grid, &args)?;
-            let args =
-                [self.pointer(&partial)?, self.pointer(&starts)?, self.pointer(&rows)?, gradient, run_count, width_arg];
-            let grid = Grid { blocks: [count.min(MOST_BLOCKS as usize) as u32, columns, 1], threads: 256, shared: 0 };
+            if long_count == 0 {
+                continue;
+            }
+            let list = list(starts.len() + count)?;
+            let args = [self.pointer(&partial)?, list, gradient, Arg::I32(long_count as i32), width_arg];
+            let columns = width.div_ceil(COLUMNS_PER_BLOCK) as u32;
+            let grid = Grid { blocks: [long_count as u32, columns, 1], threads: 256, shared: 0 };
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward_long"), grid, &args)?;
         }
         Ok(())
@@ -116,7 +163,12 @@ impl CudaOps {
                 Arg::I32(tile.row_start as i32),
                 Arg::I32(count as i32),
             ];
-            self.launch(&self.embedding, kernel!(dtype, "add_positions"), row_grid(batch * count), &args)?;
+            self.launch(
+                &self.embedding,
+                kernel!(dtype, "add_positions"),
+                row_grid(batch * count, width, dtype, 2048),
+                &args,
+            )?;
         }
         Ok(y)
     }
@@ -135,7 +187,12 @@ impl CudaOps {
                 Arg::I32(tile.row_start as i32),
                 Arg::I32(count as i32),
             ];
-            self.launch(&self.embedding, kernel!(dy.dtype(), "positions_backward"), row_grid(count), &args)?;
+            self.launch(
+                &self.embedding,
+                kernel!(dy.dtype(), "positions_backward"),
+                row_grid(count, width, dy.dtype(), 512),
+                &args,
+            )?;
         }
         Ok(())
     }

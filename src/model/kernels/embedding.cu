@@ -5,80 +5,85 @@
 //                          uint64_t first_row, uint64_t table_rows, int accumulate
 // add_positions            const T* x, const T* table, T* y, uint64_t batch, int time, int width,          any [1]   256
 //                          int first, int count
-// embedding_backward       const T* dy, const uint32_t* order, const uint32_t* run_start,                  windows,  256
-//                          const uint32_t* run_row, T* gradient, float* partial, int runs, int width       any [2]
-// embedding_backward_long  const float* partial, const uint32_t* run_start, const uint32_t* run_row,       any [3],  256
-//                          T* gradient, int runs, int width                                                any [3]
-// positions_backward       const T* dy, T* gradient, uint64_t batch, int time, int width, int first,       any [1]   256
+// embedding_backward       const T* dy, const uint32_t* order, const uint32_t* starts,                     any [2]   256
+//                          const uint32_t* targets, T* gradient, float* partial, int segments, int width
+// embedding_backward_long  const float* partial, const uint32_t* runs, T* gradient, int count, int width   any [3],  256
+//                                                                                                          any [3]
+// positions_backward       const T* dy, T* gradient, uint64_t batch, int time, int width, int first,       any [4]   256
 //                          int count
 //
-// No dynamic shared memory.
-// [1] min(number of rows to write / 8, rounded up, 4096) is good.   [2] y: ceil(width / 512) is good.
-// [3] x: min(runs, 4096), y: ceil(width / 1024) are good.
+// No dynamic shared memory. Where a grid is good, a warp takes so many bytes of a row:
+// [1] 2048.   [2] 2048: two pieces of 1024.   [4] 512.   [3] x: count, y: ceil(width / 1024).
 //
 // `table` and `gradient` begin at the first row of a tile: table row `first_row` for tokens, position `first` for
 // positions. embedding_forward writes y[r] = table[ids[r] - first_row], or adds it to y[r] if accumulate is not 0, where
 // the id is inside [first_row, first_row + table_rows), and leaves the other rows alone. add_positions writes
 // y[b, t] = x[b, t] + table[t - first] for t in [first, first + count) and leaves the others alone; y may be x.
 //
-// embedding_backward: `order` lists positions (rows of dy) sorted by token and then by position; run i is
-// order[run_start[i] .. run_start[i + 1]], all of one token, and belongs to row run_row[i] of the gradient. run_start
-// has runs + 1 entries. For a tile pass run_start and run_row from its first run on, with `order` as it is. A run is cut
-// into segments of 32 positions, counted from its own start, so the bits do not depend on tiling. Runs of one segment go
-// straight to the gradient; longer ones leave a sum a segment in `partial`, which embedding_backward_long, launched
-// after it with the same arguments, adds up. windows = ceil((run_start[runs] - run_start[0]) / 32); `partial` is
-// float[2 * windows * width] and need not be cleared.
+// embedding_backward: `order` lists positions (rows of dy) sorted by token and then by position. The positions of one
+// token, a run, are cut into segments of at most 32, counted from the run's own start, so the bits do not depend on
+// tiling. Segment i is order[starts[i] .. starts[i + 1]]; starts has segments + 1 entries. The sum of a run of one segment
+// is added to row targets[i] of the gradient. Of a longer run each segment's sum goes to the row of `partial` that
+// targets[i] names, with its highest bit set; places of one run are neighbours, in order. embedding_backward_long,
+// launched after it where there are such runs, adds them up: runs[3 i], runs[3 i + 1] and runs[3 i + 2] are the first
+// place, the number of places, and the row of the gradient. `partial` need not be cleared.
 
 #include "common.cuh"
 
-constexpr int SEGMENT = 32; // positions that one warp sums
-constexpr int WARPS = BLOCK / WARP;
+constexpr uint32_t PARTIAL = 1u << 31; // marks a target in `partial`
 
 template <typename T> constexpr int TILE = WARP * Pack<T>::LANES; // columns that a warp covers at once
 
-// One row by a warp: y = a, or a + b.
-template <bool ADD, bool VECTOR, typename T>
-__device__ __forceinline__ void copy_row(const T* a, const T* b, T* y, int width) {
+constexpr int COPY_PACKS = 4;  // of a row that a lane copies at once
+constexpr int SUM_PACKS = 2;   // of a row that a lane of embedding_backward sums at once
+constexpr int SUMMED_ROWS = 2; // that it loads at once: most segments are not longer
+
+// Parts of a row that are work of their own, so that a warp has all of its loads under way at once.
+template <int PACKS, typename T> __device__ __forceinline__ int parts_of(int width) {
+    return (width + PACKS * TILE<T> - 1) / (PACKS * TILE<T>);
+}
+
+// PACKS packs a lane of a row from column `first` on: y = a, or a + b.
+template <int PACKS, bool ADD, bool VECTOR, typename T>
+__device__ __forceinline__ void copy_part(const T* a, const T* b, T* y, int first, int width) {
     constexpr int LANES = Pack<T>::LANES;
-    constexpr int UNROLL = 4;
-    for (int first = threadIdx.x % WARP * LANES; first < width; first += UNROLL * TILE<T>) {
-        Pack<T> a_pack[UNROLL], b_pack[UNROLL];
+    Pack<T> a_pack[PACKS], b_pack[PACKS];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int column = first + u * TILE<T>;
-            a_pack[u] = load_pack<VECTOR>(a + column, width - column);
-            if (ADD) b_pack[u] = load_pack<VECTOR>(b + column, width - column);
+    for (int u = 0; u < PACKS; u++) {
+        const int column = first + u * TILE<T>;
+        a_pack[u] = load_pack<VECTOR>(a + column, width - column);
+        if (ADD) b_pack[u] = load_pack<VECTOR>(b + column, width - column);
+    }
+#pragma unroll
+    for (int u = 0; u < PACKS; u++) {
+        const int column = first + u * TILE<T>;
+        if (ADD) {
+            float values[LANES], other[LANES];
+            unpack(a_pack[u], values);
+            unpack(b_pack[u], other);
+#pragma unroll
+            for (int k = 0; k < LANES; k++) values[k] += other[k];
+            a_pack[u] = pack_of<T>(values);
         }
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            const int column = first + u * TILE<T>;
-            if (ADD) {
-                float values[LANES], other[LANES];
-                unpack(a_pack[u], values);
-                unpack(b_pack[u], other);
-#pragma unroll
-                for (int k = 0; k < LANES; k++) values[k] += other[k];
-                a_pack[u] = pack_of<T>(values);
-            }
-            store_pack<VECTOR>(y + column, width - column, a_pack[u]);
-        }
+        store_pack<VECTOR>(y + column, width - column, a_pack[u]);
     }
 }
 
-template <bool VECTOR, typename T>
+template <bool ADD, bool VECTOR, typename T>
 __device__ __forceinline__ void embedding_forward(
-    const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows,
-    bool accumulate
+    const T* table, const uint32_t* ids, T* y, uint64_t rows, int width, uint64_t first_row, uint64_t table_rows
 ) {
+    constexpr int PACKS = COPY_PACKS;
+    const int parts = parts_of<PACKS, T>(width);
     const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
-    for (uint64_t row = warp; row < rows; row += warps) {
+    for (uint64_t item = warp; item < rows * parts; item += warps) {
+        const uint64_t row = item / parts;
+        const int first = int(item % parts) * PACKS * TILE<T> + threadIdx.x % WARP * Pack<T>::LANES;
         // An id before the tile wraps around and is out of range as well.
         const uint64_t table_row = ids[row] - first_row;
         if (table_row >= table_rows) continue;
-        const T* source = table + table_row * width;
         T* target = y + row * width;
-        if (accumulate) copy_row<true, VECTOR>(target, source, target, width);
-        else copy_row<false, VECTOR>(source, source, target, width);
+        copy_part<PACKS, ADD, VECTOR>(table + table_row * width, target, target, first, width);
     }
 }
 
@@ -86,11 +91,14 @@ template <bool VECTOR, typename T>
 __device__ __forceinline__ void add_positions(
     const T* x, const T* table, T* y, uint64_t batch, int time, int width, int first, int count
 ) {
+    constexpr int PACKS = COPY_PACKS;
+    const int parts = parts_of<PACKS, T>(width);
     const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
-    for (uint64_t i = warp; i < batch * count; i += warps) {
-        const uint64_t offset = i % count;
+    for (uint64_t item = warp; item < batch * count * parts; item += warps) {
+        const uint64_t i = item / parts, offset = i % count;
         const uint64_t row = i / count * time + first + offset;
-        copy_row<true, VECTOR>(x + row * width, table + offset * width, y + row * width, width);
+        const int column = int(item % parts) * PACKS * TILE<T> + threadIdx.x % WARP * Pack<T>::LANES;
+        copy_part<PACKS, true, VECTOR>(x + row * width, table + offset * width, y + row * width, column, width);
     }
 }
 
@@ -109,7 +117,7 @@ __device__ __forceinline__ void sum_rows(
         for (int u = 0; u < UNROLL; u++) {
             const bool exists = first + u < count;
             const uint64_t start = exists ? row(first + u) * width : 0;
-            loaded[u] = load_pack<VECTOR>(dy + start + column, exists ? width - column : 0);
+            loaded[u] = load_once<VECTOR>(dy + start + column, exists ? width - column : 0);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
@@ -133,94 +141,76 @@ __device__ __forceinline__ void add_to_gradient(
     store_pack<VECTOR>(gradient, count, pack_of<T>(values));
 }
 
-// The last run that begins at or before `position`, found by one warp that cuts the range in 32 a step.
-__device__ __forceinline__ int run_of(const uint32_t* run_start, int runs, uint32_t position) {
-    const int lane = threadIdx.x % WARP;
-    int low = 0, high = runs; // run_start[low] <= position, and run `high` begins later
-    while (high - low > 1) {
-        const int step = (high - low + WARP - 1) / WARP;
-        const int probe = low + lane * step;
-        const bool before = probe < high && run_start[probe] <= position;
-        const int last = WARP - 1 - __clz(__ballot_sync(ALL_LANES, before));
-        high = min(high, low + (last + 1) * step);
-        low += last * step;
-    }
-    return low;
-}
-
-// Window w takes the segments that begin in order[base + 32 w .. base + 32 (w + 1)]. Of a run at most one segment begins
-// there. Only segments of long runs need a place in `partial`, and at most two of those begin in one window: a later
-// segment of one run, and the first of the next.
-__device__ __forceinline__ uint64_t partial_row(uint32_t start, uint32_t base, bool is_first) {
-    return 2 * uint64_t((start - base) / SEGMENT) + (is_first ? 1 : 0);
-}
-
+// A warp takes a segment, and PACKS packs a lane of its columns. What a segment is lies ready in lists, so that a warp has
+// to wait only for the list, its positions and then the rows.
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void embedding_backward(
-    const T* dy, const uint32_t* order, const uint32_t* run_start, const uint32_t* run_row, T* gradient, float* partial,
-    int runs, int width
+    const T* dy, const uint32_t* order, const uint32_t* starts, const uint32_t* targets, T* gradient, float* partial,
+    int segments, int width
 ) {
-    constexpr int LANES = Pack<T>::LANES;
-    // What the window needs to know: where its runs begin, their rows, and the positions of its segments. No more than
-    // SEGMENT runs begin inside of it, and no segment ends more than a segment behind it.
-    __shared__ uint32_t starts[SEGMENT + 2], rows[SEGMENT + 1], positions[2 * SEGMENT];
-    __shared__ int shared_first_run;
-    const uint32_t base = run_start[0], last = run_start[runs];
-    const uint32_t begin = base + blockIdx.x * SEGMENT, end = begin + SEGMENT;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    if (begin >= last) return;
-    if (warp == 0) {
-        const int run = run_of(run_start, runs, begin);
-        if (lane == 0) shared_first_run = run;
-    } else if (threadIdx.x - WARP < 2 * SEGMENT) {
-        const uint32_t i = threadIdx.x - WARP;
-        if (begin + i < last) positions[i] = order[begin + i];
-    }
-    __syncthreads();
-    const int first_run = shared_first_run;
-    const int runs_here = min(SEGMENT + 1, runs - first_run);
-    if (threadIdx.x <= runs_here) starts[threadIdx.x] = run_start[first_run + threadIdx.x];
-    if (threadIdx.x < runs_here) rows[threadIdx.x] = run_row[first_run + threadIdx.x];
-    __syncthreads();
-    const int tiles = (width + TILE<T> - 1) / TILE<T>;
-    const int tiles_here = (tiles - int(blockIdx.y) + int(gridDim.y) - 1) / int(gridDim.y);
-    for (int item = warp; item < runs_here * tiles_here; item += WARPS) {
-        const int run = item / tiles_here;
-        const int column = (int(blockIdx.y) + item % tiles_here * int(gridDim.y)) * TILE<T> + lane * LANES;
-        const uint32_t run_begin = starts[run], run_end = starts[run + 1];
-        if (run_begin >= end) break;
-        uint32_t start = run_begin;
-        if (start < begin) start += (begin - start + SEGMENT - 1) / SEGMENT * SEGMENT;
-        if (start >= end || start >= run_end || column >= width) continue;
-        const bool is_short = run_end - run_begin <= SEGMENT;
-        T* target = gradient + uint64_t(rows[run]) * width + column;
-        const Pack<T> before = load_pack<VECTOR>(target, is_short ? width - column : 0);
-        float sums[LANES];
-        const int count = min(uint32_t(SEGMENT), run_end - start);
-        sum_rows<VECTOR>(dy, width, column, count, [&](int i) { return uint64_t(positions[start - begin + i]); }, sums);
-        if (is_short) {
-            add_to_gradient<VECTOR>(target, width - column, before, sums);
-        } else {
-            store_floats(partial + partial_row(start, base, start == run_begin) * width + column, width - column, sums);
+    constexpr int LANES = Pack<T>::LANES, PACKS = SUM_PACKS, ROWS = SUMMED_ROWS;
+    const int parts = parts_of<PACKS, T>(width);
+    const int lane = threadIdx.x % WARP;
+    const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
+    for (uint64_t item = warp; item < uint64_t(segments) * parts; item += warps) {
+        const uint64_t segment = item / parts;
+        const int column = int(item % parts) * PACKS * TILE<T> + lane * LANES;
+        const uint32_t start = starts[segment], target = targets[segment];
+        const int count = int(starts[segment + 1] - start);
+        const uint32_t position = lane < count ? order[start + lane] : 0;
+        const bool is_whole = (target & PARTIAL) == 0;
+        T* row = gradient + uint64_t(target & ~PARTIAL) * width;
+        Pack<T> before[PACKS];
+        float sums[PACKS][LANES] = {};
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            const int left = width - column - p * TILE<T>;
+            before[p] = load_pack<VECTOR>(row + column + p * TILE<T>, is_whole ? left : 0);
+        }
+        for (int first = 0; first < count; first += ROWS) {
+            Pack<T> loaded[ROWS][PACKS];
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                const uint64_t from = uint64_t(__shfl_sync(ALL_LANES, position, (first + r) % WARP)) * width;
+#pragma unroll
+                for (int p = 0; p < PACKS; p++) {
+                    const int at = column + p * TILE<T>;
+                    loaded[r][p] = load_once<VECTOR>(dy + from + at, first + r < count ? width - at : 0);
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+                for (int p = 0; p < PACKS; p++) {
+                    float values[LANES];
+                    unpack(loaded[r][p], values);
+#pragma unroll
+                    for (int k = 0; k < LANES; k++) sums[p][k] += values[k];
+                }
+            }
+        }
+#pragma unroll
+        for (int p = 0; p < PACKS; p++) {
+            const int at = column + p * TILE<T>;
+            if (is_whole) add_to_gradient<VECTOR>(row + at, width - at, before[p], sums[p]);
+            else store_floats(partial + uint64_t(target & ~PARTIAL) * width + at, width - at, sums[p]);
         }
     }
 }
 
+// The segments of long runs, in order.
 template <typename T>
 __device__ __forceinline__ void embedding_backward_long(
-    const float* partial, const uint32_t* run_start, const uint32_t* run_row, T* gradient, int runs, int width
+    const float* partial, const uint32_t* runs, T* gradient, int count, int width
 ) {
-    const uint32_t base = run_start[0];
-    for (int run = blockIdx.x; run < runs; run += gridDim.x) {
-        const uint32_t begin = run_start[run], length = run_start[run + 1] - begin;
-        if (length <= SEGMENT) continue;
-        const uint32_t segments = (length + SEGMENT - 1) / SEGMENT;
-        T* row = gradient + uint64_t(run_row[run]) * width;
+    for (int run = blockIdx.x; run < count; run += gridDim.x) {
+        const uint32_t first = runs[3 * run], segments = runs[3 * run + 1];
+        T* row = gradient + uint64_t(runs[3 * run + 2]) * width;
         for (int column = blockIdx.y * BLOCK + threadIdx.x; column < width; column += gridDim.y * BLOCK) {
-            float sum = partial[partial_row(begin, base, true) * width + column];
+            const float* sums = partial + uint64_t(first) * width + column;
+            float sum = sums[0];
 #pragma unroll 8
-            for (uint32_t s = 1; s < segments; s++)
-                sum += partial[partial_row(begin + s * SEGMENT, base, false) * width + column];
+            for (uint32_t s = 1; s < segments; s++) sum += sums[uint64_t(s) * width];
             row[column] = from_float<T>(to_float(row[column]) + sum);
         }
     }
@@ -255,7 +245,8 @@ __device__ __forceinline__ void positions_backward(
         int accumulate                                                                                                \
     ) {                                                                                                               \
         by_alignment(rows_aligned(table, width) && aligned(y), [&](auto v) {                                          \
-            embedding_forward<VECTOR_OF(v)>(table, ids, y, rows, width, first_row, table_rows, accumulate != 0);      \
+            if (accumulate) embedding_forward<true, VECTOR_OF(v)>(table, ids, y, rows, width, first_row, table_rows); \
+            else embedding_forward<false, VECTOR_OF(v)>(table, ids, y, rows, width, first_row, table_rows);           \
         });                                                                                                           \
     }                                                                                                                 \
     KERNEL add_positions_##T(                                                                                         \
@@ -265,18 +256,18 @@ __device__ __forceinline__ void positions_backward(
             add_positions<VECTOR_OF(v)>(x, table, y, batch, time, width, first, count);                               \
         });                                                                                                           \
     }                                                                                                                 \
-    KERNEL embedding_backward_##T(                                                                                    \
-        const T* dy, const uint32_t* order, const uint32_t* run_start, const uint32_t* run_row, T* gradient,          \
-        float* partial, int runs, int width                                                                           \
+    KERNEL embedding_backward_##T(                                                                           \
+        const T* dy, const uint32_t* order, const uint32_t* starts, const uint32_t* targets, T* gradient,             \
+        float* partial, int segments, int width                                                                       \
     ) {                                                                                                               \
         by_alignment(rows_aligned(dy, width) && aligned(gradient), [&](auto v) {                                      \
-            embedding_backward<VECTOR_OF(v)>(dy, order, run_start, run_row, gradient, partial, runs, width);          \
+            embedding_backward<VECTOR_OF(v)>(dy, order, starts, targets, gradient, partial, segments, width);         \
         });                                                                                                           \
     }                                                                                                                 \
     KERNEL embedding_backward_long_##T(                                                                               \
-        const float* partial, const uint32_t* run_start, const uint32_t* run_row, T* gradient, int runs, int width    \
+        const float* partial, const uint32_t* runs, T* gradient, int count, int width                                 \
     ) {                                                                                                               \
-        embedding_backward_long(partial, run_start, run_row, gradient, runs, width);                                  \
+        embedding_backward_long(partial, runs, gradient, count, width);                                               \
     }                                                                                                                 \
     KERNEL positions_backward_##T(                                                                                    \
         const T* dy, T* gradient, uint64_t batch, int time, int width, int first, int count                           \

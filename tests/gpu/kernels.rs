@@ -74,8 +74,11 @@ fn linear_gelu() {
 fn layer_norm() {
     for precision in PRECISIONS {
         let tails = sizes(&TAILS).flat_map(|s| [[s, 64], [33, s.max(2)]]);
-        // 8192 elements fit the registers of a block.
-        for [rows, width] in tails.chain([[2500, 8], [5, 4096], [3, 8192], [3, 12_289]]) {
+        // Rows of a warp and of a block, and those that the backward keeps in one pack a thread, in two, and not at all;
+        // so many rows that a block takes several of them.
+        let widths =
+            [[2500, 8], [1100, 2048], [600, 4096], [5, 4096], [300, 8192], [3, 12_289], [3, 16_384], [3, 20_000]];
+        for [rows, width] in tails.chain(widths) {
             let (x, specs) = (input(precision, &[rows, width]), [whole("w", &[width]), whole("b", &[width])]);
             compare(precision, "layer norm", &x, &specs, 0, &|x, p, _| ops::layer_norm(x, &p[0], &p[1], 1e-5));
             let op: Op<'_> = &|x, p, _| ops::add(x, &ops::layer_norm(x, &p[0], &p[1], 1e-5)?);
@@ -234,6 +237,19 @@ fn cross_entropy() {
         }
         let ignored = Tensor::from_vec(vec![-100i64; 40], 40, &Device::Cpu).unwrap();
         head(precision, [40, 60, 16], 60, &ignored, 1);
+    }
+}
+
+/// Rows that a block keeps wholly or in part, so many that it fetches the next while it works on one, and some that do
+/// not count.
+#[test]
+fn cross_entropy_of_many_rows() {
+    for precision in PRECISIONS {
+        for vocabulary in sizes(&[61_001, 2049, 4097, 24_577, 50_257, 57_344]) {
+            head(precision, [300, vocabulary, 8], vocabulary, &targets(300, vocabulary), 1);
+        }
+        let ignored = Tensor::from_vec(vec![-100i64; 150], 150, &Device::Cpu).unwrap();
+        head(precision, [150, 5000, 16], 5000, &ignored, 1);
     }
 }
 

@@ -7,13 +7,18 @@ use patrickstar_actors::cuda::{Arg, Grid};
 
 use super::linear::Panel;
 use super::matmul::{Operand, Product};
-use super::ops::{CudaOps, elementwise, kernel};
+use super::ops::{CudaOps, kernel};
 use crate::model::ops::cross_entropy::tokens_per_block;
 use crate::model::param::Param;
 
 const THREADS: u32 = 1024;
 /// Elements to which a row of logits is padded.
 const ROW_MULTIPLE: usize = 8;
+/// Pieces of a row that a block keeps in shared memory, of 16 KiB each: as many as a GPU's blocks can have.
+const SLOTS: [u32; 2] = [14, 6];
+const SLOT_BYTES: u32 = 16 << 10;
+/// Shared memory that the kernel needs besides.
+const STATIC_BYTES: u32 = 1 << 10;
 
 impl CudaOps {
     /// The loss and, with a scale for it, the gradient of `x`; then the gradient of `weight` has been added to as well.
@@ -36,13 +41,14 @@ impl CudaOps {
         let stride = vocabulary.next_multiple_of(ROW_MULTIPLE);
         let logits = self.uninitialised((block, stride), DType::F32)?;
         let dx = gradient_scale.map(|_| self.uninitialised(x.shape(), dtype)).transpose()?;
+        let [most, least] = SLOTS;
+        let slots = if most * SLOT_BYTES + STATIC_BYTES <= self.shared_per_block { most } else { least };
         for first in (0..targets.len()).step_by(block) {
             let tokens = block.min(targets.len() - first);
             self.write_logits(x, first, tokens, &panels, weight, &logits)?;
-            let name = if dx.is_some() { kernel!(dtype, "cross_entropy") } else { "cross_entropy_loss_f32" };
             let at =
                 |tensor: &Tensor| Ok::<_, candle_core::Error>(Arg::Pointer(self.address(tensor)? + 4 * first as u64));
-            let args = [
+            let mut args = vec![
                 self.pointer(&logits)?,
                 Arg::U64(stride as u64),
                 at(&targets_on_device)?,
@@ -51,20 +57,23 @@ impl CudaOps {
                 Arg::I32(vocabulary as i32),
                 Arg::F32(gradient_scale.unwrap_or(scale)),
             ];
-            self.launch(&self.cross_entropy, name, Grid::linear(tokens as u64, THREADS), &args)?;
-            if let Some(dx) = &dx {
-                self.head_gradients(x, first, tokens, &panels, weight, &logits, dx)?;
-            }
+            let Some(dx) = &dx else {
+                let grid = Grid::linear(tokens as u64, THREADS);
+                self.launch(&self.cross_entropy, "cross_entropy_loss_f32", grid, &args)?;
+                continue;
+            };
+            args.push(Arg::I32(slots as i32));
+            // A block goes from row to row, and nothing else fits beside it.
+            let blocks = (tokens as u64).min(self.multiprocessors.into());
+            let grid = Grid { shared: slots * SLOT_BYTES, ..Grid::linear(blocks, THREADS) };
+            self.launch(&self.cross_entropy, kernel!(dtype, "cross_entropy"), grid, &args)?;
+            self.head_gradients(x, first, tokens, &panels, weight, &logits, dx)?;
         }
-        let loss = self.zeros((), DType::F32)?;
-        let args = [self.pointer(&losses)?, Arg::U64(targets.len() as u64), self.pointer(&loss)?];
+        let loss = self.uninitialised((), DType::F32)?;
+        // The kernel above knows one scale, and gradients need theirs. Both differ by a power of two.
+        let rest = scale / gradient_scale.unwrap_or(scale);
+        let args = [self.pointer(&losses)?, Arg::U64(targets.len() as u64), self.pointer(&loss)?, Arg::F32(rest)];
         self.launch(&self.cross_entropy, "sum_loss_f32", Grid::linear(1, THREADS), &args)?;
-        if let Some(gradient_scale) = gradient_scale.filter(|&gradient_scale| gradient_scale != scale) {
-            // The kernel knows one scale, and gradients need theirs. Both differ by a power of two.
-            let args = [self.pointer(&loss)?, self.pointer(&loss)?, Arg::U64(1)];
-            let args = [&args[..], &[Arg::F32(scale / gradient_scale), Arg::F32(0.0)]].concat();
-            self.launch(&self.cast, "scale_add_f32", elementwise(1), &args)?;
-        }
         Ok((loss, dx))
     }
 

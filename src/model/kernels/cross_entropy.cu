@@ -2,18 +2,20 @@
 //
 // kernel                             arguments                                                                grid     block
 // cross_entropy_T (f32, bf16, f16)   float* logits, uint64_t ld, const int* targets, float* loss,             any [1]  1024
+//                                    uint64_t rows, int vocab, float scale, int slots
+// cross_entropy_loss_f32             const float* logits, uint64_t ld, const int* targets, float* loss,       any [2]  1024
 //                                    uint64_t rows, int vocab, float scale
-// cross_entropy_loss_f32             const float* logits, uint64_t ld, const int* targets, float* loss,       any [1]  1024
-//                                    uint64_t rows, int vocab, float scale
-// sum_loss_f32                       const float* loss, uint64_t n, float* out                                1        1024
+// sum_loss_f32                       const float* loss, uint64_t n, float* out, float scale                   1        1024
 //
-// [1] rows is good, or ceil(rows / 32) up to a vocab of 2048, where a warp takes a row. No dynamic shared memory, no
-// scratch. Logits at a multiple of 16 bytes with an ld that is a multiple of 4 are read by vector accesses.
+// [1] min(rows, multiprocessors) is good.  [2] rows is good, or ceil(rows / 32) up to a vocab of 2048, where a warp takes
+// a row. Dynamic shared memory: slots * 16384 bytes for cross_entropy_T, where slots is 14, or 6 on a GPU whose blocks
+// cannot have as much; results have the same bits. No scratch. Logits at a multiple of 16 bytes with an ld that is a
+// multiple of 4 are read by vector accesses.
 // Row r of the logits is at logits + r * ld. loss[r] = (log-sum-exp of the row - logit of the target) * scale, and 0 where
 // the target is ignored: -100, or anything else outside [0, vocab). cross_entropy_T overwrites the row with
 // (softmax - one-hot) * scale, zeros where ignored, as a T row at the same address: the result is a matrix of T with
 // leading dimension ld * 4 / sizeof(T), whose elements beyond vocab are undefined. cross_entropy_loss_f32 only reads.
-// sum_loss_f32 adds the sum, taken in double, to *out.
+// sum_loss_f32 writes the sum, taken in double, times `scale`.
 
 #include "common.cuh"
 
@@ -23,6 +25,8 @@ constexpr int NARROW_VOCAB = 2048; // up to this a warp takes a row, beyond it a
 constexpr int QUAD = 4;            // consecutive logits of a thread
 constexpr int KEPT = 8;            // quads at the start of a row that a thread keeps from the first pass to the second
 constexpr int QUADS = 2;           // quads that are added, and in the rest of the row loaded, at once
+constexpr int MOST_SLOTS = 14;     // quads of a thread in shared memory, 16 KiB a block each, where 227 KiB can be had
+constexpr int FEWEST_SLOTS = 6;    // where 99 KiB can be had
 constexpr float LOWEST = -3.402823466e38f;
 
 // The threads of a row: a warp, or the whole block.
@@ -141,9 +145,12 @@ __device__ __forceinline__ void differentiate(
     Quad& quad, int index, int target, float scale, float factor, float highest
 ) {
 #pragma unroll
-    for (int k = 0; k < QUAD; k++) {
-        quad.value[k] = fast_exp(quad.value[k] - highest) * factor;
-        if (index + k == target) quad.value[k] -= scale;
+    for (int k = 0; k < QUAD; k++) quad.value[k] = fast_exp(quad.value[k] - highest) * factor;
+    if (unsigned(target - index) < QUAD) {
+#pragma unroll
+        for (int k = 0; k < QUAD; k++) {
+            if (index + k == target) quad.value[k] -= scale;
+        }
     }
 }
 
@@ -225,6 +232,107 @@ __device__ __forceinline__ void cross_entropy(
 
 struct NoGradient {};
 
+// A block reads a row once: each thread keeps the row's first quads in SLOTS slots of shared memory from the first pass
+// to the second. A slot takes the next row's quad as soon as this row's gradient has left it, so that memory stays busy
+// though one row fills most of a multiprocessor. (Quads kept in registers would free their slots earlier: measured, more
+// copies under way while a row is still awaited make it slower.) A thread copies what it alone reads, so slots need no
+// barriers. Of a row with more quads the rest is read twice. Sums have the order of cross_entropy, whatever the slots.
+template <int SLOTS, bool VECTOR, typename T>
+__device__ __forceinline__ void cross_entropy_staged(
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, float4* slots,
+    float2* shared
+) {
+    constexpr int STEP = ROW_BLOCK * QUAD;
+    const int quads = (vocab + STEP - 1) / STEP, staged = min(quads, SLOTS);
+    const int mine = RowThreads<ROW_BLOCK>::element(0);
+    auto slot = [&](int q) -> float4& { return slots[q * ROW_BLOCK + threadIdx.x]; };
+    auto read_slot = [&](int q) -> Quad {
+        const float4 v = slot(q);
+        return {{v.x, v.y, v.z, v.w}};
+    };
+    auto counts = [&](int target) { return target >= 0 && target < vocab; };
+    // Slots of a row that does not count keep what they have.
+    auto fetch = [&](const float* row, int q, bool is_wanted) {
+        const int index = q * STEP + mine;
+        if (is_wanted && q < staged) {
+            if (VECTOR && index + QUAD <= vocab) {
+                copy_once(&slot(q), row + index);
+            } else {
+                const Quad quad = load_quad<false>(row, index, vocab);
+                slot(q) = make_float4(quad.value[0], quad.value[1], quad.value[2], quad.value[3]);
+            }
+        }
+        end_copies();
+    };
+    int target = blockIdx.x < rows ? targets[blockIdx.x] : -1;
+#pragma unroll
+    for (int q = 0; q < SLOTS; q++) fetch(logits + blockIdx.x * ld, q, counts(target));
+    for (uint64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+        float* row = logits + r * ld;
+        T* gradient = reinterpret_cast<T*>(row);
+        const uint64_t next = r + gridDim.x;
+        const int next_target = next < rows ? targets[next] : -1;
+        const bool is_counted = counts(target), is_next_counted = counts(next_target);
+        const float* next_row = logits + next * ld;
+        const float target_logit = is_counted ? row[target] : 0.0f;
+        Partition part;
+        auto add_pair = [&](auto first) {
+            constexpr int Q = decltype(first)::value;
+            if constexpr (Q < SLOTS) {
+                // Of the groups that were begun, those after quad Q + 1 may be under way.
+                wait_for_copies<SLOTS - Q - QUADS>();
+                if (is_counted && Q < staged) {
+                    Quad pair[QUADS];
+                    pair[0] = read_slot(Q);
+                    if (Q + 1 < staged) pair[1] = read_slot(Q + 1);
+                    else pair[1] = load_quad<VECTOR>(row, (Q + 1) * STEP + mine, vocab);
+                    part.add<0>(pair);
+                }
+            }
+        };
+        add_pair(Constant<0>());
+        add_pair(Constant<2>());
+        add_pair(Constant<4>());
+        add_pair(Constant<6>());
+        add_pair(Constant<8>());
+        add_pair(Constant<10>());
+        add_pair(Constant<12>());
+        if (is_counted) {
+            for (int q = (staged + 1) / QUADS * QUADS; q < quads; q += QUADS) {
+                Quad pair[QUADS];
+#pragma unroll
+                for (int k = 0; k < QUADS; k++) pair[k] = load_quad<VECTOR>(row, (q + k) * STEP + mine, vocab);
+                part.add<0>(pair);
+            }
+        }
+        // All threads have now read what they keep; gradients lie over that, or over logits before the ones that are
+        // read again, and there all have read a tile before anyone goes on to the next.
+        part = merge_row<ROW_BLOCK>(part, shared);
+        if (threadIdx.x == 0) loss[r] = is_counted ? (part.highest - target_logit + logf(part.sum)) * scale : 0.0f;
+        const float factor = scale / part.sum;
+        auto write = [&](Quad quad, int q) {
+            const int index = q * STEP + mine;
+            if (is_counted) differentiate(quad, index, target, scale, factor, part.highest);
+            else quad = {};
+            store_quad<VECTOR>(gradient, index, vocab, quad);
+        };
+#pragma unroll
+        for (int q = 0; q < SLOTS; q++) {
+            if (q < staged) write(read_slot(q), q);
+            fetch(next_row, q, is_next_counted);
+        }
+        for (int q = staged; q < quads; q++) {
+            const Quad quad = load_quad<VECTOR>(row, q * STEP + mine, is_counted ? vocab : 0);
+            if (sizeof(T) < sizeof(float)) __syncthreads();
+            write(quad, q);
+        }
+        // The next row uses `shared` again.
+        __syncthreads();
+        target = next_target;
+    }
+    wait_for_copies<0>();
+}
+
 template <typename T>
 __device__ __forceinline__ void cross_entropy_any(
     float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale
@@ -240,11 +348,35 @@ __device__ __forceinline__ void cross_entropy_any(
     }
 }
 
-#define CROSS_ENTROPY_KERNEL(T)                                                                            \
-    extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                          \
-        float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale \
-    ) {                                                                                                    \
-        cross_entropy_any<T>(logits, ld, targets, loss, rows, vocab, scale);                               \
+template <typename T>
+__device__ __forceinline__ void cross_entropy_gradient(
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, int slots
+) {
+    extern __shared__ float4 dynamic_shared[];
+    __shared__ float2 shared[ROW_WARPS];
+    const bool vector = aligned(logits) && ld % QUAD == 0;
+    if (vocab <= NARROW_VOCAB)
+        by_alignment(vector, [&](auto v) {
+            cross_entropy<T, WARP, VECTOR_OF(v)>(logits, ld, targets, loss, rows, vocab, scale, shared);
+        });
+    else
+        by_alignment(vector, [&](auto v) {
+            auto work = [&](auto slot_count) {
+                cross_entropy_staged<decltype(slot_count)::value, VECTOR_OF(v), T>(
+                    logits, ld, targets, loss, rows, vocab, scale, dynamic_shared, shared
+                );
+            };
+            if (slots >= MOST_SLOTS) work(Constant<MOST_SLOTS>());
+            else work(Constant<FEWEST_SLOTS>());
+        });
+}
+
+#define CROSS_ENTROPY_KERNEL(T)                                                                             \
+    extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                           \
+        float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, \
+        int slots                                                                                           \
+    ) {                                                                                                     \
+        cross_entropy_gradient<T>(logits, ld, targets, loss, rows, vocab, scale, slots);                    \
     }
 
 FOR_EACH_TYPE(CROSS_ENTROPY_KERNEL)
@@ -255,7 +387,8 @@ extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 2) cross_entropy_loss_f3
     cross_entropy_any<NoGradient>(const_cast<float*>(logits), ld, targets, loss, rows, vocab, scale);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_BLOCK) sum_loss_f32(const float* loss, uint64_t n, float* out) {
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK)
+    sum_loss_f32(const float* loss, uint64_t n, float* out, float scale) {
     __shared__ double shared[ROW_BLOCK];
     double sum = 0.0;
     for (uint64_t i = threadIdx.x; i < n; i += ROW_BLOCK) sum += double(loss[i]);
@@ -264,5 +397,5 @@ extern "C" __global__ void __launch_bounds__(ROW_BLOCK) sum_loss_f32(const float
         __syncthreads();
         if (threadIdx.x < width) shared[threadIdx.x] += shared[threadIdx.x + width];
     }
-    if (threadIdx.x == 0) *out = float(double(*out) + shared[0]);
+    if (threadIdx.x == 0) *out = float(shared[0]) * scale;
 }

@@ -250,6 +250,7 @@ constexpr int ROW_THREADS = ROW_LANES / LANES;
 constexpr int ROW_BLOCK = 128;
 constexpr int ROWS_A_BLOCK = ROW_BLOCK / ROW_THREADS;
 constexpr int ROW_RESIDENT = 4;      // blocks a multiprocessor
+constexpr int BYTES_IN_FLIGHT = 128; // of one thread that loads to registers
 
 // A quad as it was loaded: bf16 stays packed in two words until it is used.
 template <typename T> struct RowQuad;
@@ -305,8 +306,8 @@ template <bool VECTOR, typename T> __device__ __forceinline__ RowQuad<T> load_ro
     return quad;
 }
 
-// A warp brings eight rows to shared memory, a piece of each at a time, in whole lines: its threads read them there in
-// the order of their sums.
+// Of rows of 16-bit numbers the four threads of a row would take only 32 bytes at a time. So a warp brings its eight rows
+// to shared memory, a piece of each at a time, in whole lines, and its threads read them there in the order of their sums.
 constexpr int WARP = 32;
 constexpr int ROWS_A_WARP = WARP / ROW_THREADS;
 constexpr int COPY_BYTES = 16;
@@ -325,56 +326,88 @@ __device__ __forceinline__ void copy_once(void* shared, const void* global) {
                  : "memory");
 }
 
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64_t rows, uint64_t columns) {
-    constexpr unsigned ALL = 0xffffffffu;
-    constexpr int PIECE_BLOCKS = PIECE / (ROW_LANES * sizeof(T)); // of ROW_LANES elements
-    constexpr int LINE_LANES = PIECE / COPY_BYTES;                // lanes that copy a piece
-    __shared__ alignas(16) unsigned char staging[ROW_BLOCK / WARP][STAGES][STAGE_BYTES<T>];
+// A warp's eight rows from `first` on, piece by piece: adds to the lanes what whole pieces hold, and returns the blocks of
+// ROW_LANES elements that it has added.
+template <typename T>
+__device__ __forceinline__ uint64_t add_staged(
+    double (&lanes)[LANES], const T* gradient, uint64_t first, uint64_t rows, uint64_t columns
+) {
+    constexpr int PIECE_BLOCKS = PIECE / (ROW_LANES * sizeof(T));
+    constexpr int LINE_LANES = PIECE / COPY_BYTES; // lanes that copy a piece
+    alignas(COPY_BYTES) __shared__ unsigned char staging[ROW_BLOCK / WARP][STAGES][STAGE_BYTES<T>];
     const int part = threadIdx.x % ROW_THREADS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    const uint64_t pieces = columns / (ROW_LANES * PIECE_BLOCKS);
+    auto fetch = [&](uint64_t piece) {
+        if (piece < pieces) {
+#pragma unroll
+            for (int i = 0; i < ROWS_A_WARP * LINE_LANES / WARP; i++) {
+                const int r = (i * WARP + lane) / LINE_LANES, at = (i * WARP + lane) % LINE_LANES * COPY_BYTES;
+                const char* from = reinterpret_cast<const char*>(gradient + (first + r) * columns);
+                if (first + r < rows)
+                    copy_once(&staging[warp][piece % STAGES][r * PIECE_STRIDE<T> + at], from + piece * PIECE + at);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) fetch(s);
+    for (uint64_t piece = 0; piece < pieces; piece++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        // The piece is there for the whole warp, and the whole warp is done with the piece before.
+        __syncwarp();
+        fetch(piece + STAGES - 1);
+        const unsigned char* at = &staging[warp][piece % STAGES][lane / ROW_THREADS * PIECE_STRIDE<T>];
+#pragma unroll
+        for (int block = 0; block < PIECE_BLOCKS; block++) {
+            const T* quad = reinterpret_cast<const T*>(at) + block * ROW_LANES + part * LANES;
+            add_squares(lanes, load_row_quad<true>(quad));
+        }
+    }
+    __syncwarp();
+    return pieces * PIECE_BLOCKS;
+}
+
+template <bool STAGED, bool VECTOR, typename T>
+__device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64_t rows, uint64_t columns) {
+    constexpr int UNROLL = BYTES_IN_FLIGHT / sizeof(Quad<T>);
+    constexpr unsigned ALL = 0xffffffffu;
+    const int part = threadIdx.x % ROW_THREADS;
     const uint64_t blocks = columns / ROW_LANES;
     const int tail = int(columns % ROW_LANES) - part * LANES;
-    const uint64_t pieces = VECTOR ? blocks / PIECE_BLOCKS : 0;
     // Whole warps take part in the shuffles: rows beyond the last are summed as nothing.
     const uint64_t stride = uint64_t(gridDim.x) * ROWS_A_BLOCK;
     for (uint64_t base = uint64_t(blockIdx.x) * ROWS_A_BLOCK; base < rows; base += stride) {
-        const uint64_t warp_row = base + warp * ROWS_A_WARP, row = warp_row + lane / ROW_THREADS;
+        const uint64_t row = base + threadIdx.x / ROW_THREADS;
         const bool exists = row < rows;
         const T* p = gradient + row * columns + part * LANES;
         double lanes[LANES] = {0.0, 0.0, 0.0, 0.0};
-        auto fetch = [&](uint64_t piece) {
-            if (VECTOR && piece < pieces) {
-#pragma unroll
-                for (int i = 0; i < ROWS_A_WARP * LINE_LANES / WARP; i++) {
-                    const int r = (i * WARP + lane) / LINE_LANES, at = (i * WARP + lane) % LINE_LANES * COPY_BYTES;
-                    const char* from = reinterpret_cast<const char*>(gradient + (warp_row + r) * columns);
-                    if (warp_row + r < rows)
-                        copy_once(&staging[warp][piece % STAGES][r * PIECE_STRIDE<T> + at], from + piece * PIECE + at);
-                }
-            }
-            asm volatile("cp.async.commit_group;" ::: "memory");
-        };
-        if (VECTOR) {
-#pragma unroll
-            for (int s = 0; s < STAGES - 1; s++) fetch(s);
-            for (uint64_t piece = 0; piece != pieces; piece++) {
-                asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-                // The piece is there for the whole warp, and the whole warp is done with the piece before.
-                __syncwarp();
-                fetch(piece + STAGES - 1);
-                const unsigned char* at = &staging[warp][piece % STAGES][lane / ROW_THREADS * PIECE_STRIDE<T>];
-#pragma unroll
-                for (int block = 0; block < PIECE_BLOCKS; block++) {
-                    const T* quad = reinterpret_cast<const T*>(at) + block * ROW_LANES + part * LANES;
-                    add_squares(lanes, load_row_quad<true>(quad));
-                }
-            }
-            __syncwarp();
-        }
+        uint64_t block = 0;
+        if constexpr (STAGED)
+            block = add_staged(lanes, gradient, base + threadIdx.x / WARP * ROWS_A_WARP, rows, columns);
+        // What was staged of a row that does not exist is anything.
+        if (!exists) lanes[0] = lanes[1] = lanes[2] = lanes[3] = 0.0;
         if (exists) {
-#pragma unroll 4
-            for (uint64_t block = pieces * PIECE_BLOCKS; block < blocks; block++)
-                add_squares(lanes, load_row_quad<VECTOR>(p + block * ROW_LANES));
+            // The next quads are under way while the current ones are added.
+            if constexpr (!STAGED) {
+                RowQuad<T> quads[UNROLL];
+                if (UNROLL <= blocks) {
+#pragma unroll
+                    for (int u = 0; u < UNROLL; u++) quads[u] = load_row_quad<VECTOR>(p + u * ROW_LANES);
+                }
+                for (; block + UNROLL <= blocks; block += UNROLL) {
+                    RowQuad<T> next[UNROLL];
+                    if (block + 2 * UNROLL <= blocks) {
+#pragma unroll
+                        for (int u = 0; u < UNROLL; u++)
+                            next[u] = load_row_quad<VECTOR>(p + (block + UNROLL + u) * ROW_LANES);
+                    }
+#pragma unroll
+                    for (int u = 0; u < UNROLL; u++) add_squares(lanes, quads[u]);
+#pragma unroll
+                    for (int u = 0; u < UNROLL; u++) quads[u] = next[u];
+                }
+            }
+            for (; block < blocks; block++) add_squares(lanes, load_row_quad<VECTOR>(p + block * ROW_LANES));
             for (int k = 0; k < LANES; k++) {
                 if (k < tail) {
                     const double value = double(widen(p[blocks * ROW_LANES + k]));
@@ -396,10 +429,15 @@ __device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64
 
 template <typename T>
 __device__ __forceinline__ void row_sums_any(const T* gradient, double* sums, uint64_t rows, uint64_t columns) {
-    const bool vector =
-        reinterpret_cast<uintptr_t>(gradient) % COPY_BYTES == 0 && columns * sizeof(T) % COPY_BYTES == 0;
-    if (vector) row_sums<true>(gradient, sums, rows, columns);
-    else row_sums<false>(gradient, sums, rows, columns);
+    const bool lines = reinterpret_cast<uintptr_t>(gradient) % COPY_BYTES == 0 && columns * sizeof(T) % COPY_BYTES == 0;
+    if constexpr (sizeof(T) < sizeof(float)) {
+        if (lines) {
+            row_sums<true, true>(gradient, sums, rows, columns);
+            return;
+        }
+    }
+    if (aligned(gradient) && columns % LANES == 0) row_sums<false, true>(gradient, sums, rows, columns);
+    else row_sums<false, false>(gradient, sums, rows, columns);
 }
 
 extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)

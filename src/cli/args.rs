@@ -179,7 +179,11 @@ pub enum BenchCommand {
         seconds: f64,
     },
     /// Time of each GPU kernel beside its floor.
-    Kernels,
+    Kernels {
+        /// Also times PyTorch's attention on the same shapes, with this interpreter.
+        #[arg(long, value_name = "PYTHON")]
+        torch: Option<PathBuf>,
+    },
     /// Compare with the resident run, bit for bit.
     Parity,
     /// Compare with recorded results.

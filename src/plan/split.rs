@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
+use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
 
 use super::Plan;
 use crate::config::{Config, Placement};
-use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
 /// used, and parameters that one core steps in a second beside full copies. Measured on an H200 with 16 cores.
@@ -38,32 +37,20 @@ impl Plan {
                 let resident = room.resident_beside_a_stream();
                 Split { resident, streamed: room.groups - resident }
             }
-            // Where the device is the host, passing through it is a detour.
-            Placement::Hybrid if !is_cuda(&config.compute) => Split { resident: room.most_resident(), streamed: 0 },
-            Placement::Hybrid => room.split(&self.costs(config, self.kept_layers)),
+            // On a GPU the first steps show whether the host is too slow for the rest; where the device is the host, passing
+            // through it is a detour.
+            Placement::Hybrid => Split { resident: room.most_resident(), streamed: 0 },
         }
     }
 
-    /// For how many layers activations are worth their place on the device: with every one that is kept a forward pass is
-    /// saved, and chunks lose the room.
+    /// The layers whose activations find a place beside a model that lives on the device as a whole. Where chunks travel,
+    /// their slots come first.
     pub(super) fn best_kept_layers(&self, config: &Config, non_model: &dyn Fn(usize) -> Bytes) -> u32 {
-        let predicted = |kept: u32| {
+        let fits = |kept: u32| {
             let room = self.room(config, non_model(kept as usize));
-            if room.slots < 2 * self.working_set_chunks && kept > 0 {
-                return None;
-            }
-            let split = self.split(config, &room);
-            if !is_cuda(&config.compute) && split.resident < room.groups && kept > 0 {
-                return None; // what copies and updates take there is not known
-            }
-            let work = SplitWork {
-                groups: room.groups - split.resident,
-                persistent: room.persistent,
-                together: room.together,
-            };
-            Some((self.costs(config, kept).step(&work, split.streamed), kept))
+            room.most_resident() == room.groups
         };
-        (0..=self.layers).filter_map(predicted).min().map_or(0, |(_, kept)| kept)
+        (1..=self.layers).take_while(|&kept| fits(kept)).last().unwrap_or(0)
     }
 
     /// What the parts of a step cost, from shapes.

@@ -5,19 +5,28 @@
 mod cases;
 #[cfg(feature = "cuda")]
 mod clock;
+#[cfg(feature = "cuda")]
+mod torch;
+
+use std::path::Path;
 
 use serde_json::Value;
 
 use crate::Error;
 
-/// An array with an object for each kernel; the first two are the copy and the product that give the floors.
+/// An array with an object for each kernel; the first two are the copy and the product that give the floors. With `python`
+/// attention has PyTorch's time beside it.
 #[cfg(feature = "cuda")]
-pub fn run() -> Result<Value, Error> {
-    cases::measure()
+pub fn run(python: Option<&Path>) -> Result<Value, Error> {
+    let mut rows = cases::measure()?;
+    if let Some(python) = python {
+        torch::add(&mut rows, python)?;
+    }
+    Ok(Value::Array(rows))
 }
 
 #[cfg(not(feature = "cuda"))]
-pub fn run() -> Result<Value, Error> {
+pub fn run(_: Option<&Path>) -> Result<Value, Error> {
     Err(Error::Failed(
         "bench kernels times a GPU, and this program was built for the host: build with cargo build --release --features cuda".into(),
     ))
@@ -34,7 +43,10 @@ pub fn table(rows: &[Value]) -> Vec<String> {
             None => format!("{:.0} GB/s", number("gbps")),
         };
         let (ms, floor) = (number("s") * 1e3, number("floor_s") * 1e3);
-        format!("{:28} {:>24} {ms:>10.4} {floor:>10.4} {:>6.3}  {rate}", text("name"), text("shape"), number("ratio"))
+        let of_sdpa =
+            row["of_sdpa"].as_f64().map_or(String::new(), |ratio| format!("  {ratio:.2} times PyTorch's speed"));
+        let (name, shape, ratio) = (text("name"), text("shape"), number("ratio"));
+        format!("{name:28} {shape:>24} {ms:>10.4} {floor:>10.4} {ratio:>6.3}  {rate}{of_sdpa}")
     };
     std::iter::once(header).chain(rows.iter().map(line)).collect()
 }
@@ -58,11 +70,14 @@ mod tests {
             "{lines:?}"
         );
         assert!(lines[2].ends_with("700 TFLOP/s"), "{lines:?}");
+        let attention = json!({"name": "attention_forward", "shape": "1 x 1 x 1 x 64", "s": 1e-3, "floor_s": 5e-4, "ratio": 0.5,
+            "tflops": 300.0, "sdpa_s": 2e-3, "of_sdpa": 2.0});
+        assert!(table(&[attention])[1].ends_with("300 TFLOP/s  2.00 times PyTorch's speed"));
     }
 
     #[cfg(not(feature = "cuda"))]
     #[test]
     fn a_program_for_the_host_says_what_to_build() {
-        assert!(run().unwrap_err().to_string().contains("--features cuda"));
+        assert!(run(None).unwrap_err().to_string().contains("--features cuda"));
     }
 }

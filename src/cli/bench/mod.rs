@@ -22,7 +22,7 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
         BenchCommand::Block { hidden, heads, batch, seq_len, seconds } => {
             (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds)?, true)
         }
-        BenchCommand::Kernels => (kernels::run()?, true),
+        BenchCommand::Kernels { torch } => (kernels::run(torch.as_deref())?, true),
         BenchCommand::Parity => parity::run()?,
         BenchCommand::Golden { dir, precision } => golden::run(&dir, precision)?,
     };

@@ -29,6 +29,8 @@ const VOCABULARY: usize = 50_304;
 /// Sides of the product that gives the rate.
 const SQUARE: usize = 8192;
 const PARAMETERS: usize = 100_000_000;
+/// Sequences that are read before each timed call: 128 MiB, more than a cache holds.
+const SCANNED: usize = 32;
 /// Bytes of a bf16 number.
 const B: f64 = 2.0;
 
@@ -52,7 +54,7 @@ struct Weight {
     _memory: Vec<Tensor>,
 }
 
-pub fn measure() -> Result<Value, Error> {
+pub fn measure() -> Result<Vec<Value>, Error> {
     let ops = CudaOps::open(0).map_err(|error| {
         let reason = error.to_string();
         Error::Failed(format!("no GPU to time: {}; see nvidia-smi", reason.lines().next().unwrap_or_default()))
@@ -80,7 +82,7 @@ pub fn measure() -> Result<Value, Error> {
         report.products(name, inner, outer)?;
     }
     report.chunk_work()?;
-    Ok(Value::Array(report.rows))
+    Ok(report.rows)
 }
 
 fn of_chunks(error: MemoryError) -> Error {
@@ -92,6 +94,9 @@ impl Report {
     fn new(ops: Arc<CudaOps>) -> Result<Self, Error> {
         let clock = Clock::new(ops)?;
         let mut report = Report { clock, bytes_per_s: f64::NAN, operations_per_s: f64::NAN, rows: Vec::new() };
+        let scanned = report.random(&[SCANNED, TIME, HIDDEN])?;
+        let positions = report.weight("scan", &[TIME, HIDDEN], TIME)?;
+        report.clock.set_scan(Box::new(move |ops| ops.positions_backward(&scanned, &positions.param)));
         let (seconds, bytes) = report.clock.large_copy()?;
         report.bytes_per_s = bytes / seconds;
         let (x, weight) = (report.random(&[SQUARE, SQUARE])?, report.weight("square", &[SQUARE, SQUARE], SQUARE)?);

@@ -19,7 +19,8 @@ const CALLS: usize = 15;
 /// What a copy moves that measures the rate: far more than any cache holds.
 const COPIED: usize = 2 << 30;
 /// What is copied before each call. It fills the queue, so that the next kernels are there before it ends, and the cache
-/// with other data, as the kernels between two uses do in a training.
+/// with other data, as the kernels between two uses do in a training. A scan after it leaves nothing in the cache that is
+/// still to be written: a kernel answers for its own bytes.
 const AHEAD: usize = 512 << 20;
 /// For how long products run: a card is faster in its first moments than it stays.
 const SUSTAINED_S: f64 = 1.2;
@@ -29,7 +30,11 @@ pub struct Clock {
     pub ops: Arc<CudaOps>,
     from: Tensor,
     to: Tensor,
+    scan: Option<Scan>,
 }
+
+/// Queues a kernel that reads more than a cache holds and writes little.
+pub type Scan = Box<dyn Fn(&CudaOps) -> candle_core::Result<()>>;
 
 fn failed(error: DriverError) -> Error {
     Error::Failed(format!("the GPU cannot be timed: {error}; see nvidia-smi"))
@@ -44,7 +49,17 @@ impl Clock {
     pub fn new(ops: Arc<CudaOps>) -> Result<Self, Error> {
         let zeros = || Tensor::zeros(COPIED / 4, DType::F32, ops.device());
         let (from, to) = (zeros()?, zeros()?);
-        Ok(Clock { ops, from, to })
+        Ok(Clock { ops, from, to, scan: None })
+    }
+
+    pub fn set_scan(&mut self, scan: Scan) {
+        self.scan = Some(scan);
+    }
+
+    /// Leaves the cache without anything of the next kernel and without anything to write.
+    fn clear_cache(&self) -> Result<(), Error> {
+        self.copy(AHEAD)?;
+        Ok(self.scan.as_ref().map_or(Ok(()), |scan| scan(&self.ops))?)
     }
 
     fn event(&self) -> Result<CudaEvent, Error> {
@@ -67,7 +82,7 @@ impl Clock {
         (0..WARM_UP).try_for_each(|_| work())?;
         let mut spans = Vec::with_capacity(CALLS);
         for _ in 0..CALLS {
-            self.copy(AHEAD)?;
+            self.clear_cache()?;
             let start = self.event()?;
             work()?;
             spans.push((start, self.event()?));
@@ -90,7 +105,7 @@ impl Clock {
         let mut seconds = Vec::with_capacity(CALLS);
         for call in 0..WARM_UP + CALLS {
             self.ops.stream().synchronize().map_err(failed)?;
-            self.copy(AHEAD)?;
+            self.clear_cache()?;
             profile.set_enabled(true);
             let worked = work().map_err(Into::into);
             profile.set_enabled(false);

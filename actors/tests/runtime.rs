@@ -301,6 +301,29 @@ fn states_are_the_same_bits_from_disk() {
     }
 }
 
+/// The smallest host tier that a plan accepts: a place for the states that do not live on the device, and for few gradients
+/// where they are used up as they come.
+#[test]
+fn a_host_tier_without_a_place_for_residents_is_enough() {
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
+        let layout = Layout::new(&specs(), precision, Bytes(CHUNK)).expect("layout");
+        let groups = layout.group_count() as u32;
+        let persistent: u32 = precision.persistent_kinds().iter().map(|&kind| layout.parts(kind)).sum();
+        for clip_norm in [0.0, 1.0] {
+            let resident = Case::resident(precision, clip_norm);
+            let reference = train(&resident);
+            for sides in [(2, 0), (2, 1), (groups - 1, 0), (groups, 0)] {
+                let away = groups - sides.0;
+                let gradients = if clip_norm > 0.0 || precision.scales_loss() { away } else { away.min(4) };
+                let host_slots = persistent * away + gradients + 2 + persistent;
+                let device_slots = u64::from(sides.0 * (persistent + 1) + 2 * 6 + 2 * (persistent + 1));
+                let case = Case { device_slots, host_slots, sides, ..resident.clone() };
+                assert!(train(&case) == reference, "{precision:?} clip {clip_norm} {sides:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn every_actor_may_die_in_the_middle_of_its_work() {
     let base = Case {

@@ -17,7 +17,7 @@ use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Direction;
 use patrickstar_actors::timeline::Timeline;
 use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, TensorId, Tier};
-use patrickstar_actors::{Access, EvictionPolicy, Retune, spread_sides};
+use patrickstar_actors::{Access, EvictionPolicy, Retune, SplitCosts, SplitRoom, spread_sides};
 
 const CHUNK: u64 = 16 << 10;
 const BLOCKS: usize = 8;
@@ -47,6 +47,15 @@ fn uses(block: usize) -> Vec<TensorId> {
 const HOST: (u32, u32) = (0, 0);
 const DEVICE: (u32, u32) = (0, u32::MAX);
 
+/// A host so slow that groups pass through the device.
+const GUESS: SplitCosts = SplitCosts {
+    compute: Duration::from_millis(10),
+    forward_share: 0.25,
+    host_step: Duration::from_secs(1),
+    to_device: Duration::from_micros(10),
+    to_host: Duration::from_micros(10),
+};
+
 #[derive(Clone)]
 struct Case {
     precision: Precision,
@@ -57,6 +66,8 @@ struct Case {
     prefetch: u32,
     /// Groups that live on the device, and groups that pass through it to be stepped.
     sides: (u32, u32),
+    /// Groups change sides while training, by what steps cost, and by a guess of that before.
+    splits: bool,
     clip_norm: f64,
     kill: Option<ActorName>,
 }
@@ -71,6 +82,7 @@ impl Case {
             policy: Policy::Opt,
             prefetch: 4,
             sides: HOST,
+            splits: false,
             clip_norm,
             kill: None,
         }
@@ -103,6 +115,14 @@ impl Model {
         }
         let (resident, streamed) = case.sides;
         let sides = spread_sides(layout.group_count() as u32, resident, streamed);
+        let persistent = case.precision.persistent_kinds().iter().map(|&kind| layout.parts(kind)).sum();
+        let room = SplitRoom {
+            slots: case.device_slots as u32,
+            working_set: 6,
+            groups: layout.group_count() as u32,
+            persistent,
+            together: case.clip_norm > 0.0 || case.precision.scales_loss(),
+        };
         let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
         let config = RuntimeConfig {
             device: Bytes(case.device_slots * CHUNK),
@@ -112,7 +132,7 @@ impl Model {
             disk_path: disk,
             eviction: EvictionPolicy { policy: case.policy, prefetch: case.prefetch },
             sides,
-            split: None,
+            split: case.splits.then_some((room, GUESS)),
             adam: AdamConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decoupled: true },
             clip_norm: case.clip_norm,
             mailbox: 4,
@@ -383,6 +403,33 @@ fn retuning_while_training_does_not_change_the_bits() {
         model.step(step).expect("step");
     }
     assert!(model.states().expect("states") == reference);
+}
+
+/// A neighbour takes most of the device and gives it back: residents leave, others pass through, and all come home.
+#[test]
+fn groups_that_change_sides_keep_their_bits() {
+    for precision in [Precision::Fp32, Precision::Bf16] {
+        for clip_norm in [0.0, 1.0] {
+            let run = |case: &Case, slots: &[u64]| {
+                let mut model = Model::new(case).expect("start");
+                let mut by_side = [0; 2];
+                for (step, &slots) in (1..).zip(slots) {
+                    let device = Some(Bytes(slots * CHUNK));
+                    model.runtime.retune(Retune { device, ..Retune::default() }).expect("retune");
+                    let stats = model.run(StepStart::new(Step(step), 1e-2), None).expect("step").stats;
+                    by_side[0] += stats.stepped_on_device;
+                    by_side[1] += stats.stepped_on_host;
+                }
+                (model.states().expect("states"), by_side)
+            };
+            let resident = Case::resident(precision, clip_norm);
+            let (reference, _) = run(&resident, &[1000; 10]);
+            let case = Case { device_slots: 60, sides: (4, 0), splits: true, ..resident };
+            let (states, by_side) = run(&case, &[60, 60, 60, 60, 9, 12, 60, 60, 30, 60]);
+            assert!(states == reference, "{precision:?} clip {clip_norm}");
+            assert!(by_side.iter().all(|&parameters| parameters > 0), "{by_side:?}");
+        }
+    }
 }
 
 #[test]

@@ -116,6 +116,10 @@ impl Backend for Paced {
         Ok(None)
     }
 
+    fn hold_compute(&self, _: &Event) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
     fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
         Ok(Some(Box::new(PacedMath)))
     }

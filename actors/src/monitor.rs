@@ -8,6 +8,13 @@ use crate::memory::limits::{Available, available_host_memory};
 use crate::shared::Shared;
 use crate::types::{Bytes, Moment, Tier};
 
+/// Gauge of the bytes of chunk slots in use, by `tier`. Whoever collects metrics describes it, and the next two.
+pub const CHUNK_BYTES: &str = "patrickstar_chunk_bytes";
+/// Gauge of device memory that is not chunks.
+pub const NON_MODEL_BYTES: &str = "patrickstar_non_model_bytes";
+/// Gauge of host memory that this process may still take.
+pub const HOST_AVAILABLE_BYTES: &str = "patrickstar_host_available_bytes";
+
 /// Measures non-model memory of the device: activations, workspaces, allocator slack.
 pub trait MemoryProbe: Send + Sync {
     /// In use now.
@@ -86,11 +93,11 @@ impl Monitor {
         };
         for (tier, slots) in slots_in_use {
             let bytes = u64::from(slots) * self.shared.chunk_bytes().0;
-            metrics::gauge!("patrickstar_chunk_bytes", "tier" => tier.to_string()).set(bytes as f64);
+            metrics::gauge!(CHUNK_BYTES, "tier" => tier.to_string()).set(bytes as f64);
         }
-        metrics::gauge!("patrickstar_non_model_bytes").set(self.probe.live().0 as f64);
+        metrics::gauge!(NON_MODEL_BYTES).set(self.probe.live().0 as f64);
         if let Available::Known(left) = available_host_memory() {
-            metrics::gauge!("patrickstar_host_available_bytes").set(left.0 as f64);
+            metrics::gauge!(HOST_AVAILABLE_BYTES).set(left.0 as f64);
         }
         if self.published.is_empty() || self.published == self.non_model.snapshot() { Ok(()) } else { self.publish() }
     }

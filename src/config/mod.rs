@@ -16,7 +16,7 @@ pub use sections::{
     Actors, Checkpoint, Compute, Copy, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
 };
 pub use validate::SHAPES;
-pub use values::{DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
+pub use values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

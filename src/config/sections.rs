@@ -6,7 +6,7 @@ use patrickstar_actors::types::{Bytes, Precision};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::{DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes};
+use super::values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes};
 
 /// The model that is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -104,6 +104,8 @@ pub struct Train {
     pub seq_len: usize,
     /// What the backward pass computes again: "full" keeps the inputs of blocks only, "none" keeps all activations, "auto" those of as many blocks as make a step shortest.
     pub recompute: Recompute,
+    /// Where the inputs of blocks wait for the backward pass: "device", "host", or "auto" for host memory where the device has no room.
+    pub boundaries: Boundaries,
     /// Highest learning rate.
     pub lr: f64,
     /// Learning rate at the last step.
@@ -144,6 +146,7 @@ impl Default for Train {
             micro_batches: 1,
             seq_len: 1024,
             recompute: Recompute::Auto,
+            boundaries: Boundaries::Auto,
             lr: 3e-4,
             min_lr: 0.0,
             schedule: Schedule::Cosine,
@@ -207,11 +210,13 @@ pub struct Telemetry {
     pub trace_steps: u64,
     /// Whether to write a report page at the end.
     pub report: bool,
+    /// Address at which a command-line run serves Prometheus metrics, such as "127.0.0.1:9464"; empty turns it off.
+    pub metrics_listen: String,
 }
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Telemetry { tensorboard: true, trace_steps: 0, report: true }
+        Telemetry { tensorboard: true, trace_steps: 0, report: true, metrics_listen: String::new() }
     }
 }
 

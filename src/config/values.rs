@@ -91,6 +91,19 @@ words! {
 }
 
 words! {
+    /// Where the inputs of blocks wait for the backward pass. The bits do not depend on it.
+    Boundaries {
+        /// On the device as far as chunks leave room, the others in host memory.
+        #[default]
+        Auto = "auto",
+        /// On the device.
+        Device = "device",
+        /// In host memory.
+        Host = "host",
+    }
+}
+
+words! {
     /// How the learning rate changes after the warm-up.
     Schedule {
         /// Half a cosine from `lr` to `min_lr`.

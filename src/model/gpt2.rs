@@ -84,6 +84,8 @@ pub struct StepShape {
     pub seq_len: usize,
     /// Layers whose activations are kept instead of computed again.
     pub kept_layers: usize,
+    /// Layers whose inputs wait in host memory.
+    pub away_layers: usize,
     /// On a GPU.
     pub gpu: bool,
     /// Bytes of an activation.
@@ -93,6 +95,8 @@ pub struct StepShape {
 /// Widths of activations that a layer keeps for its backward: two norms, queries, keys and values, attention, the middle
 /// of the residual stream, and four each before and after GELU.
 const KEPT_WIDTHS: u64 = 15;
+/// Inputs of layers that leave or come back at a time.
+const ON_THE_WAY: u64 = 4;
 /// A GPU's pool gets one part in this many more than is allocated from it.
 const FRAGMENTS: u64 = 10;
 /// Widths that the backward of a layer needs beside: gradients before and after GELU, and of the residual stream.
@@ -104,7 +108,9 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
     let tokens = shape.micro_batch * shape.seq_len;
     let activation = (tokens * model.hidden * shape.element_bytes) as u64;
     let micro_batches = shape.micro_batches as u64;
-    let boundaries = activation * (model.layers as u64 + 2) * micro_batches;
+    // Of those that wait in host memory a few are on their way.
+    let away = (shape.away_layers as u64 * micro_batches).saturating_sub(ON_THE_WAY);
+    let boundaries = activation * ((model.layers as u64 + 2) * micro_batches - away);
     // One that is computed again keeps its activations until its backward is done, in one micro-batch at a time.
     let kept_layers = (shape.kept_layers as u64 * micro_batches).max(1);
     let block = activation * BACKWARD_WIDTHS;

@@ -14,7 +14,7 @@ use patrickstar_actors::types::{Bytes, Kind, Tier};
 use patrickstar_actors::{EvictionPolicy, Split, SplitRoom};
 use serde::Serialize;
 
-use crate::config::{self, Config, OptimizerKind, Recompute, Size};
+use crate::config::{self, Boundaries, Config, OptimizerKind, Recompute, Size};
 use crate::error::Error;
 use crate::model::gpt2::{self, Gpt2Config};
 use crate::train::device::is_cuda;
@@ -79,6 +79,8 @@ pub struct Plan {
     pub layers: u32,
     /// Of these the last ones whose activations are kept for the backward pass; the others are computed again.
     pub kept_layers: u32,
+    /// The first ones, whose inputs wait in host memory for the backward pass.
+    pub away_layers: u32,
     /// Why it does not fit, and what would make it fit.
     pub problems: Vec<String>,
     #[serde(skip)]
@@ -102,8 +104,17 @@ fn configured_model(config: &Config, program: &Program) -> Option<Gpt2Config> {
     (configured.tensor_specs() == program.tensor_specs()).then_some(model)
 }
 
-/// Non-model memory of one step of a GPT-2 that keeps the activations of `kept_layers`, from the shapes.
-pub fn gpt2_activations(config: &Config, model: &Gpt2Config, kept_layers: usize) -> Bytes {
+/// What a step does with activations.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Keeping {
+    /// The last so many layers keep theirs for the backward pass; those of the others are computed again.
+    pub layers: usize,
+    /// The inputs of the first so many layers wait in host memory.
+    pub away: usize,
+}
+
+/// Non-model memory of one step of a GPT-2, from the shapes.
+pub fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
     let train = &config.train;
     let half = is_cuda(&config.compute) && config.model.precision.is_half();
     Bytes(gpt2::activation_bytes(
@@ -112,7 +123,8 @@ pub fn gpt2_activations(config: &Config, model: &Gpt2Config, kept_layers: usize)
             micro_batch: train.batch / train.micro_batches.max(1),
             micro_batches: train.micro_batches,
             seq_len: train.seq_len,
-            kept_layers,
+            kept_layers: keeping.layers,
+            away_layers: keeping.away,
             gpu: is_cuda(&config.compute),
             element_bytes: if half { 2 } else { 4 },
         },
@@ -125,11 +137,14 @@ impl Plan {
         let specs = program.tensor_specs();
         let model = configured_model(config, program);
         // A quarter of the device for models of the user's own, until it has been measured in the warm-up step.
-        let non_model = |kept: usize| {
-            model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, kept))
+        let non_model = |keeping: Keeping| {
+            model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
         let layers = program.uses.len().saturating_sub(2);
-        let least = if config.train.recompute == Recompute::None { layers } else { 0 };
+        let kept = if config.train.recompute == Recompute::None { layers } else { 0 };
+        let most_away = layers - kept;
+        let least =
+            Keeping { layers: kept, away: if config.train.boundaries == Boundaries::Device { 0 } else { most_away } };
         let precision = config.model.precision;
         let device = config.memory.device;
         let chunk = match config.memory.chunk {
@@ -160,6 +175,7 @@ impl Plan {
             split: Split { resident: 0, streamed: 0 },
             layers: 0,
             kept_layers: 0,
+            away_layers: 0,
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
@@ -169,11 +185,14 @@ impl Plan {
             gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
         });
         plan.layers = layers as u32;
-        plan.kept_layers = least as u32;
-        if config.train.recompute == Recompute::Auto && model.is_some() {
-            plan.kept_layers = plan.best_kept_layers(config, &non_model);
-        }
-        plan.place(config, program, non_model(plan.kept_layers as usize));
+        let keeping = match config.train.boundaries {
+            Boundaries::Auto if model.is_some() => plan.keeping(config, kept, &non_model),
+            Boundaries::Auto | Boundaries::Device => Keeping { layers: kept, away: 0 },
+            Boundaries::Host => Keeping { layers: kept, away: most_away },
+        };
+        plan.kept_layers = keeping.layers as u32;
+        plan.away_layers = keeping.away as u32;
+        plan.place(config, program, non_model(keeping));
         Ok(plan)
     }
 
@@ -201,6 +220,18 @@ impl Plan {
     /// Where tensors lie.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Whether `block` keeps its activations for the backward pass.
+    pub fn keeps_activations(&self, block: usize) -> bool {
+        // Where all layers keep theirs the first block does too.
+        let first = if self.kept_layers < self.layers { self.layers + 1 - self.kept_layers } else { 0 };
+        block >= first as usize
+    }
+
+    /// Whether the input of `block` waits in host memory. That of the first block is the data, which lies there anyway.
+    pub fn keeps_input_away(&self, block: usize) -> bool {
+        (1..=self.away_layers as usize).contains(&block)
     }
 
     /// Whether the job fits.

@@ -5,8 +5,9 @@ use std::time::Duration;
 use patrickstar_actors::types::Bytes;
 use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
 
-use super::Plan;
-use crate::config::{Config, Placement};
+use super::{Keeping, Plan};
+use crate::config::{Config, Placement, Recompute};
+use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
 /// used, and parameters that one core steps in a second beside full copies. Measured on an H200 with 16 cores.
@@ -43,14 +44,25 @@ impl Plan {
         }
     }
 
-    /// The layers whose activations find a place beside a model that lives on the device as a whole. Where chunks travel,
-    /// their slots come first.
-    pub(super) fn best_kept_layers(&self, config: &Config, non_model: &dyn Fn(usize) -> Bytes) -> u32 {
-        let fits = |kept: u32| {
-            let room = self.room(config, non_model(kept as usize));
-            room.most_resident() == room.groups
-        };
-        (1..=self.layers).take_while(|&kept| fits(kept)).last().unwrap_or(0)
+    /// What is kept where. Beside a model that lives on the device as a whole: the activations of as many layers as find a
+    /// place. Where chunks travel their slots come first, and where not even they have room inputs of layers go to host memory.
+    pub(super) fn keeping(&self, config: &Config, kept: usize, non_model: &dyn Fn(Keeping) -> Bytes) -> Keeping {
+        let layers = self.layers as usize;
+        let room = |keeping: Keeping| self.room(config, non_model(keeping));
+        if config.train.recompute == Recompute::Auto {
+            let fits = |&layers: &usize| {
+                let room = room(Keeping { layers, away: 0 });
+                room.most_resident() == room.groups
+            };
+            if let Some(layers) = (1..=layers).take_while(fits).last() {
+                return Keeping { layers, away: 0 };
+            }
+        }
+        // On a GPU a block's chunks come while another's are used.
+        let needed = if is_cuda(&config.compute) { 2 * self.working_set_chunks } else { self.working_set_chunks };
+        let keeping = |away: usize| Keeping { layers: kept, away };
+        let enough = (0..=layers - kept).find(|&away| room(keeping(away)).slots >= needed);
+        keeping(enough.unwrap_or(layers - kept))
     }
 
     /// What the parts of a step cost, from shapes.

@@ -16,6 +16,7 @@ use super::device::Device;
 use super::loss_scale::LossScale;
 use super::lr::learning_rate;
 use super::program::Program;
+use super::stash::Stash;
 use super::states;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
@@ -23,7 +24,7 @@ use crate::error::Error;
 use crate::model::block::{Block, Context};
 use crate::model::compute::Compute;
 use crate::model::param::{Param, ParamTile, Params};
-use crate::model::tape::{Activation, Tape};
+use crate::model::tape::Tape;
 use crate::plan::Plan;
 use crate::telemetry::alloc;
 
@@ -66,41 +67,28 @@ impl StepReport {
     }
 }
 
-/// A block's forward pass on one micro-batch, kept for its backward.
-struct Pass {
-    tape: Tape,
-    input: Activation,
-    output: Activation,
-}
-
 /// Processor time that this thread has used.
 fn thread_time() -> Duration {
     let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec as u32)
 }
 
-/// What a block's backward on one micro-batch begins with.
-enum Start {
-    /// The block's input: its forward is computed again.
-    Input(Tensor),
-    /// Its forward.
-    Pass(Pass),
-}
-
 type Hook = Box<dyn FnMut(&StepReport) + Send>;
 
 /// Trains a model larger than its device. The thread that calls [`Engine::step`] is the compute thread.
 pub struct Engine {
-    blocks: Vec<Box<dyn Block>>,
+    pub(super) blocks: Vec<Box<dyn Block>>,
     /// Of each block; bound to chunks while the block is leased.
-    params: Vec<Params>,
-    compute: Compute,
+    pub(super) params: Vec<Params>,
+    pub(super) compute: Compute,
     program: Program,
-    runtime: Runtime,
+    pub(super) runtime: Runtime,
+    /// Inputs of blocks that wait in host memory.
+    pub(super) stash: Stash,
     config: Config,
-    plan: Plan,
+    pub(super) plan: Plan,
     step: Step,
-    loss_scale: LossScale,
+    pub(super) loss_scale: LossScale,
     hooks: Vec<Hook>,
 }
 
@@ -141,6 +129,7 @@ impl Engine {
         let device = Device::open(&config.compute)?;
         let layout = plan.layout().clone();
         let uses = program.gradient_uses(&layout);
+        let stash = Stash::new(device.compute.clone(), Arc::clone(&device.backend))?;
         let runtime = Runtime::start(
             layout,
             plan.runtime_config(&config),
@@ -167,6 +156,7 @@ impl Engine {
             compute,
             program,
             runtime,
+            stash,
             config,
             plan,
             step: Step(0),
@@ -215,81 +205,6 @@ impl Engine {
         Ok((loss, host, self.runtime.end_step()?))
     }
 
-    /// All blocks but the last, layer-major; returns what the backward of each block begins with.
-    fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Start>>, Error> {
-        let mut starts = Vec::with_capacity(self.blocks.len());
-        let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
-        let last = self.blocks.len() - 1;
-        // The last ones: their activations are used up first.
-        let first_kept =
-            if self.plan.kept_layers < self.plan.layers { last - self.plan.kept_layers as usize } else { 0 };
-        for block in 0..last {
-            let keep = block >= first_kept;
-            let lease = self.lease(block, false)?;
-            let start = self.runtime.timeline().now();
-            let mut outputs = Vec::with_capacity(inputs.len());
-            let mut of_block = Vec::with_capacity(inputs.len());
-            for (micro, input) in inputs.into_iter().enumerate() {
-                let pass = self.pass(batch, step, (block, micro), input.clone(), keep)?;
-                outputs.push(pass.output.tensor()?);
-                of_block.push(if keep { Start::Pass(pass) } else { Start::Input(input) });
-            }
-            self.compute_span(start, "forward", block);
-            self.runtime.release_forward(self.end(block, lease))?;
-            starts.push(of_block);
-            inputs = outputs;
-        }
-        starts.push(inputs.into_iter().map(Start::Input).collect());
-        Ok(starts)
-    }
-
-    /// Applies `block` to `input`; recording, if a backward follows.
-    fn pass(
-        &self,
-        batch: &Batch,
-        step: Step,
-        (block, micro): (usize, usize),
-        input: Tensor,
-        recording: bool,
-    ) -> Result<Pass, Error> {
-        let mut context = self.context(batch, step, block, micro);
-        context.targets = (block + 1 == self.blocks.len()).then(|| batch.micro[micro].targets.clone());
-        let tape = if recording {
-            Tape::scaled(&self.compute, self.loss_scale.scale)
-        } else {
-            Tape::forgetting(&self.compute)
-        };
-        // Token ids have no gradient.
-        let input = if recording && input.dtype().is_float() { tape.input(input) } else { tape.constant(input) };
-        let output = self.blocks[block].forward(&input, &self.params[block], &context)?;
-        Ok(Pass { tape, input, output })
-    }
-
-    /// Backward of each block, last to first, after its forward where that was not kept; returns the loss of each
-    /// micro-batch.
-    fn backward(&mut self, batch: &Batch, step: Step, starts: Vec<Vec<Start>>) -> Result<Vec<Tensor>, Error> {
-        let last = self.blocks.len() - 1;
-        let mut losses = Vec::new();
-        let mut upstream: Vec<Option<Tensor>> = vec![None; batch.micro.len()];
-        for (block, starts) in starts.into_iter().enumerate().rev() {
-            let lease = self.lease(block, true)?;
-            let start = self.runtime.timeline().now();
-            for (micro, begun) in starts.into_iter().enumerate() {
-                let pass = match begun {
-                    Start::Pass(pass) => pass,
-                    Start::Input(input) => self.pass(batch, step, (block, micro), input, true)?,
-                };
-                if block == last {
-                    losses.push(pass.output.tensor()?);
-                }
-                upstream[micro] = pass.tape.backward(&pass.output, upstream[micro].take(), &pass.input)?;
-            }
-            self.compute_span(start, "backward", block);
-            self.runtime.release_backward(self.end(block, lease))?;
-        }
-        Ok(losses)
-    }
-
     /// Runs the blocks on `input` without training; the last block gives its prediction.
     pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, Error> {
         let mut value = input.clone();
@@ -312,7 +227,7 @@ impl Engine {
         Ok(value.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
     }
 
-    fn context(&self, batch: &Batch, step: Step, block: usize, micro: usize) -> Context {
+    pub(super) fn context(&self, batch: &Batch, step: Step, block: usize, micro: usize) -> Context {
         Context {
             seed: self.config.train.seed,
             step,
@@ -324,13 +239,13 @@ impl Engine {
         }
     }
 
-    fn compute_span(&self, start: std::time::Duration, pass: &str, block: usize) {
+    pub(super) fn compute_span(&self, start: std::time::Duration, pass: &str, block: usize) {
         self.runtime
             .timeline()
             .span(Track::Compute, start, None, Bytes(0), || format!("{pass} {}", self.blocks[block].name()));
     }
 
-    fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Lease, Error> {
+    pub(super) fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Lease, Error> {
         let chunks = if with_gradients {
             self.program.backward_access(self.runtime.layout(), block)
         } else {
@@ -356,7 +271,7 @@ impl Engine {
     }
 
     /// Releases the parameters of `block`; the lease may be given back then.
-    fn end(&self, block: usize, lease: Lease) -> Lease {
+    pub(super) fn end(&self, block: usize, lease: Lease) -> Lease {
         self.params[block].iter().for_each(Param::release);
         lease
     }
@@ -428,6 +343,11 @@ impl Engine {
     /// The runtime below, for statistics, tuning and traces.
     pub fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// Host memory of inputs of blocks that wait there for the backward pass.
+    pub fn stash_bytes(&self) -> Bytes {
+        self.stash.bytes()
     }
 
     /// What was predicted before anything was allocated.

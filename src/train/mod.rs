@@ -5,10 +5,12 @@ pub mod engine;
 pub mod loss_scale;
 pub mod lr;
 pub mod model;
+mod passes;
 pub mod program;
 pub mod sample;
 pub mod save;
 pub mod session;
+mod stash;
 mod states;
 
 pub use engine::{Batch, Engine, MicroBatch, StepReport};

@@ -71,6 +71,8 @@ pub trait Backend: Send + Sync + 'static {
     fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError>;
     /// The end of what the model has queued so far; `None` where the model computes before it returns.
     fn compute_event(&self) -> Result<Option<Event>, MemoryError>;
+    /// What the model queues from now on starts after `event`. Does not block the calling thread.
+    fn hold_compute(&self, event: &Event) -> Result<(), MemoryError>;
     /// Arithmetic on chunks in the device tier; `None` where the host can do it there.
     fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError>;
 }
@@ -211,6 +213,10 @@ impl Backend for CpuBackend {
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
         Ok(None)
+    }
+
+    fn hold_compute(&self, _event: &Event) -> Result<(), MemoryError> {
+        Ok(())
     }
 
     fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {

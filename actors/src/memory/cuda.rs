@@ -72,6 +72,15 @@ fn record(stream: &CudaStream) -> Result<Event, MemoryError> {
     Ok(Arc::new(CudaDeviceEvent(event)))
 }
 
+fn wait(stream: &CudaStream, event: &Event) -> Result<(), MemoryError> {
+    let event: &dyn Any = event.as_ref();
+    match event.downcast_ref::<CudaDeviceEvent>() {
+        Some(event) => stream.wait(&event.0).map_err(|error| device_error("order two streams", error)),
+        // Work of the host is done when its event exists.
+        None => Ok(()),
+    }
+}
+
 impl Stream for CudaCopyStream {
     unsafe fn copy(&mut self, src: *const u8, dst: *mut u8, bytes: usize) -> Result<(), MemoryError> {
         self.bind()?;
@@ -89,12 +98,7 @@ impl Stream for CudaCopyStream {
     }
 
     fn wait(&mut self, event: &Event) -> Result<(), MemoryError> {
-        let event: &dyn Any = event.as_ref();
-        match event.downcast_ref::<CudaDeviceEvent>() {
-            Some(event) => self.stream.wait(&event.0).map_err(|error| device_error("order two streams", error)),
-            // Work of the host is done when its event exists.
-            None => Ok(()),
-        }
+        wait(&self.stream, event)
     }
 
     fn record(&mut self) -> Result<Event, MemoryError> {
@@ -211,6 +215,10 @@ impl Backend for CudaBackend {
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
         record(&self.compute).map(Some)
+    }
+
+    fn hold_compute(&self, event: &Event) -> Result<(), MemoryError> {
+        wait(&self.compute, event)
     }
 
     fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {

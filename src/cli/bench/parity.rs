@@ -8,11 +8,11 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint;
-use crate::config::{Config, Placement, Policy, Recompute, Schedule, Size};
+use crate::config::{Boundaries, Config, Placement, Policy, Recompute, Schedule, Size};
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
-use crate::plan::gpt2_activations;
+use crate::plan::{Keeping, gpt2_activations};
 use crate::train::model::{build, to_batch};
 use crate::train::{Batch, Engine};
 
@@ -61,16 +61,18 @@ fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
 /// Chunks of the largest access, and none to spare.
 const TIGHT: u64 = 15;
 
-/// Layers that a variant keeps where its device holds all chunks or none to spare.
-fn kept_layers(config: &Config, model: &Gpt2Config) -> usize {
-    if config.train.recompute == Recompute::None { model.layers } else { 0 }
+/// What a variant does with activations where its device holds all chunks or none to spare.
+fn keeping(config: &Config, model: &Gpt2Config) -> Keeping {
+    let layers = if config.train.recompute == Recompute::None { model.layers } else { 0 };
+    let away = if config.train.boundaries == Boundaries::Host { model.layers - layers } else { 0 };
+    Keeping { layers, away }
 }
 
 /// Device memory for `slots` chunks beside the activations.
 fn device(config: &Config, slots: u64) -> Bytes {
     // A configuration without a model fails when its run starts.
     let activations = Gpt2Config::from_config(config)
-        .map_or(Bytes(0), |model| gpt2_activations(config, &model, kept_layers(config, &model)));
+        .map_or(Bytes(0), |model| gpt2_activations(config, &model, keeping(config, &model)));
     Bytes(activations.0 + slots * CHUNK)
 }
 
@@ -88,6 +90,12 @@ fn variants(base: &Config) -> Vec<Variant> {
                 config.memory.device = device(config, slots);
             });
         }
+    }
+    for slots in [TIGHT, 10_000] {
+        add(format!("inputs in host memory, {slots} chunks"), &|config| {
+            config.train.boundaries = Boundaries::Host;
+            config.memory.device = device(config, slots);
+        });
     }
     for slots in [TIGHT, 17, 20, 26, 40] {
         add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));

@@ -153,7 +153,7 @@ impl CudaOps {
     }
 
     /// An uninitialised tensor, for a kernel to write wholly.
-    pub(super) fn uninitialised(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
+    pub(crate) fn uninitialised(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
         let elements = shape.elem_count();
         let allocate = || {

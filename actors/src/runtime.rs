@@ -542,6 +542,11 @@ impl Runtime {
         self.system.retune(&self.shared, retune)
     }
 
+    /// Where each group is stepped, or will be once the update under way is applied.
+    pub fn sides(&self) -> &[Side] {
+        &self.sides
+    }
+
     /// State of the actors.
     pub fn actors(&self) -> Vec<ActorStatus> {
         self.shared.health.status()

@@ -184,6 +184,14 @@ pub enum BenchCommand {
         #[arg(long, value_name = "PYTHON")]
         torch: Option<PathBuf>,
     },
+    /// Our step beside those of other engines, from what each printed.
+    Peers {
+        /// What `bench step --json` printed.
+        ours: PathBuf,
+        /// What the peer harness printed.
+        #[arg(required = true)]
+        peers: Vec<PathBuf>,
+    },
     /// Compare with the resident run, bit for bit.
     Parity,
     /// Compare with recorded results.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
+use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
 use super::{Keeping, Plan};
 use crate::config::{Config, Placement, Recompute};
@@ -84,6 +84,20 @@ impl Plan {
             to_device: copy,
             to_host: copy,
         }
+    }
+
+    /// How long a step is estimated to take: what overlaps counts once. 0 seconds for what computes on the host, whose speed
+    /// differs too much between machines to be guessed.
+    pub fn predicted_step(&self, config: &Config) -> Duration {
+        if !is_cuda(&config.compute) {
+            return Duration::ZERO;
+        }
+        let work = SplitWork {
+            groups: self.room.groups - self.split.resident,
+            persistent: self.room.persistent,
+            together: self.room.together,
+        };
+        self.costs(config, self.kept_layers).step(&work, self.split.streamed)
     }
 
     /// The side of each group.

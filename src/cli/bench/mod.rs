@@ -5,6 +5,7 @@ mod golden;
 mod kernels;
 mod memory;
 mod parity;
+mod peers;
 mod step;
 
 use std::process::ExitCode;
@@ -23,6 +24,7 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
             (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds)?, true)
         }
         BenchCommand::Kernels { torch } => (kernels::run(torch.as_deref())?, true),
+        BenchCommand::Peers { ours, peers } => (peers::run(&ours, &peers)?, true),
         BenchCommand::Parity => parity::run()?,
         BenchCommand::Golden { dir, precision } => golden::run(&dir, precision)?,
     };
@@ -31,7 +33,10 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
     } else if let Value::Object(fields) = &value {
         fields.iter().try_for_each(|(name, value)| output::line(&format!("{name:24} {value}")))?;
     } else if let Value::Array(rows) = &value {
-        kernels::table(rows).iter().try_for_each(|line| output::line(line))?;
+        // Of the two that give arrays only this one names engines.
+        let of_engines = rows.first().is_some_and(|row| row.get("engine").is_some());
+        let lines = if of_engines { peers::table(rows) } else { kernels::table(rows) };
+        lines.iter().try_for_each(|line| output::line(line))?;
     }
     Ok(if pass { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -1,7 +1,8 @@
 //! `bench step`: time of a training step, with the keys of the peer harness.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use patrickstar_actors::Side;
 use patrickstar_actors::stats::{Direction, StallCause};
 use patrickstar_actors::types::Tier;
 use serde_json::{Value, json};
@@ -80,6 +81,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         .collect();
     let gigabytes = |direction: Direction| stats.bytes[direction as usize] as f64 / 1e9 / steps as f64;
     Ok(json!({
+        "shape": shape,
+        "batch": train.batch,
         "params_b": engine.plan().parameters as f64 / 1e9,
         "step_s": seconds,
         "median_s": median,
@@ -94,6 +97,25 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "stall_by_cause_s": stalls,
         "h2d_gb": gigabytes(Direction::HostToDevice),
         "d2h_gb": gigabytes(Direction::DeviceToHost),
+        "link_gbps": {
+            "h2d": rate(stats.bytes[Direction::HostToDevice as usize], stats.busy[Direction::HostToDevice as usize]),
+            "d2h": rate(stats.bytes[Direction::DeviceToHost as usize], stats.busy[Direction::DeviceToHost as usize]),
+        },
+        "host_updates_gparam_s": rate(stats.stepped_on_host, stats.stepping_on_host),
+        "placement": placement(&engine),
+        "recompute": {
+            "layers": engine.plan().layers,
+            "kept": engine.plan().kept_layers,
+            "inputs_in_host_memory": engine.plan().away_layers,
+            "host_gb": engine.stash_bytes().0 as f64 / 1e9,
+        },
+        "predicted_step_s": engine.plan().predicted_step(engine.config()).as_secs_f64(),
+        "predicted_peaks": predicted_peaks(&engine),
+        "measured_peaks": {
+            "device_gb": engine.runtime().device_peak().0 as f64 / 1e9,
+            "host_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
+            "disk_gb": engine.runtime().tier_use(Tier::Disk).peak.0 as f64 / 1e9,
+        },
         "chunk_moves": stats.chunk_moves(),
         "prefetch": {"useful": stats.prefetch_useful, "late": stats.prefetch_late, "wasted": stats.prefetch_wasted},
         "non_model_peak_gb": engine.runtime().non_model_by_moment().into_iter().max().unwrap_or(0) as f64 / 1e9,
@@ -102,6 +124,25 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "host_peak_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
         "chunk_bytes": engine.plan().chunk,
     }))
+}
+
+/// Billions a second; null where nothing took any time.
+fn rate(count: u64, time: Duration) -> Value {
+    if time.is_zero() { Value::Null } else { (count as f64 / 1e9 / time.as_secs_f64()).into() }
+}
+
+/// Groups by side.
+fn placement(engine: &Engine) -> Value {
+    let count = |side: Side| engine.runtime().sides().iter().filter(|&&other| other == side).count();
+    json!({"resident": count(Side::Resident), "streamed": count(Side::Streamed), "host": count(Side::Host)})
+}
+
+fn predicted_peaks(engine: &Engine) -> Value {
+    let peak = |tier: Tier| {
+        let plan = engine.plan().tiers.iter().find(|plan| plan.tier == tier);
+        plan.map_or(0.0, |plan| (plan.chunk_peak.0 + plan.non_model.0) as f64 / 1e9)
+    };
+    json!({"device_gb": peak(Tier::Device), "host_gb": peak(Tier::Host), "disk_gb": peak(Tier::Disk)})
 }
 
 /// Calls and seconds of each class of kernels in one more step, which timing slows a little; empty on the host.

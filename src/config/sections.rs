@@ -102,7 +102,7 @@ pub struct Train {
     pub micro_batches: usize,
     /// Tokens a sequence; at most `model.context`.
     pub seq_len: usize,
-    /// What the backward pass computes again: "full" keeps the inputs of blocks only, "none" keeps all activations, "auto" those of as many blocks as make a step shortest.
+    /// What the backward pass computes again: "full" all but the inputs of blocks, "selective" norms and activation functions, "none" nothing, "auto" as little as there is memory for.
     pub recompute: Recompute,
     /// Where the inputs of blocks wait for the backward pass: "device", "host", or "auto" for host memory where the device has no room.
     pub boundaries: Boundaries,

@@ -85,6 +85,8 @@ words! {
         Auto = "auto",
         /// Everything inside a block: only the inputs of blocks are kept.
         Full = "full",
+        /// What is cheap: norms and activation functions.
+        Selective = "selective",
         /// Nothing: all activations are kept.
         None = "none",
     }

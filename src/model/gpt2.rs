@@ -84,6 +84,8 @@ pub struct StepShape {
     pub seq_len: usize,
     /// Layers whose activations are kept instead of computed again.
     pub kept_layers: usize,
+    /// These compute again what is cheap.
+    pub frugal: bool,
     /// Layers whose inputs wait in host memory.
     pub away_layers: usize,
     /// On a GPU.
@@ -95,6 +97,8 @@ pub struct StepShape {
 /// Widths of activations that a layer keeps for its backward: two norms, queries, keys and values, attention, the middle
 /// of the residual stream, and four each before and after GELU.
 const KEPT_WIDTHS: u64 = 15;
+/// Of these the results of two norms and of GELU, which one pass over memory brings back.
+const CHEAP_WIDTHS: u64 = 6;
 /// Inputs of layers that leave or come back at a time.
 const ON_THE_WAY: u64 = 4;
 /// A GPU's pool gets one part in this many more than is allocated from it.
@@ -112,7 +116,8 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
     let away = (shape.away_layers as u64 * micro_batches).saturating_sub(ON_THE_WAY);
     let boundaries = activation * ((model.layers as u64 + 2) * micro_batches - away);
     // One that is computed again keeps its activations until its backward is done, in one micro-batch at a time.
-    let kept_layers = (shape.kept_layers as u64 * micro_batches).max(1);
+    let kept_widths = if shape.frugal { KEPT_WIDTHS - CHEAP_WIDTHS } else { KEPT_WIDTHS };
+    let kept = (kept_widths * shape.kept_layers as u64 * micro_batches).max(KEPT_WIDTHS);
     let block = activation * BACKWARD_WIDTHS;
     let (head_tokens, extra) = if shape.gpu {
         // Partial sums and the workspace of the matrix products.
@@ -123,7 +128,7 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
         (tokens.min(256), attention + (2 << 20))
     };
     let head = (head_tokens * model.vocab * 4) as u64 + activation * 4;
-    let bytes = extra + boundaries + activation * KEPT_WIDTHS * kept_layers + block.max(head);
+    let bytes = extra + boundaries + activation * kept + block.max(head);
     // A pool of its own cannot be moved together when it falls to pieces.
     if shape.gpu { bytes + bytes / FRAGMENTS } else { bytes }
 }

@@ -14,6 +14,7 @@ use super::ops;
 
 type Backward = Box<dyn FnOnce(Tensor, &mut Gradients) -> Result<()>>;
 type Thunk = Box<dyn FnOnce() -> Result<Tensor>>;
+type Again = Rc<dyn Fn() -> Result<Tensor>>;
 
 /// The operations of one block on one micro-batch. Cheap to clone; lives on the compute thread.
 #[derive(Clone)]
@@ -24,6 +25,8 @@ pub struct Tape {
 struct Inner {
     compute: Compute,
     recording: bool,
+    /// Operations keep how their input comes about, where that is cheap, instead of the input.
+    frugal: bool,
     /// Gradients are those of the loss times this.
     loss_scale: f32,
     /// `None` for inputs, whose gradients are what the tape is for.
@@ -42,6 +45,16 @@ pub struct Activation {
     shape: Shape,
     dtype: DType,
     value: Rc<RefCell<Value>>,
+    /// How it comes about from what its operation keeps anyway.
+    again: Option<Again>,
+}
+
+/// What an operation keeps of an input for its backward.
+pub enum Kept {
+    /// Its values.
+    Values(Tensor),
+    /// How they come about: by one pass over memory.
+    Again(Again),
 }
 
 enum Value {
@@ -60,7 +73,7 @@ pub struct Gradients {
 impl Tape {
     /// A tape that forgets: for passes without a backward.
     pub fn forgetting(compute: &Compute) -> Self {
-        Self::new(compute, false, 1.0)
+        Self::new(compute, false, false, 1.0)
     }
 
     /// A tape that records.
@@ -70,11 +83,16 @@ impl Tape {
 
     /// A tape whose gradients are those of the loss times `loss_scale`, so that they do not vanish in 16 bits.
     pub fn scaled(compute: &Compute, loss_scale: f32) -> Self {
-        Self::new(compute, true, loss_scale)
+        Self::new(compute, true, false, loss_scale)
     }
 
-    fn new(compute: &Compute, recording: bool, loss_scale: f32) -> Self {
-        let inner = Inner { compute: compute.clone(), recording, loss_scale, nodes: RefCell::default() };
+    /// As [`Tape::scaled`], for a tape that waits for its backward: what is cheap to compute again, such as norms, is.
+    pub fn frugal(compute: &Compute, loss_scale: f32) -> Self {
+        Self::new(compute, true, true, loss_scale)
+    }
+
+    fn new(compute: &Compute, recording: bool, frugal: bool, loss_scale: f32) -> Self {
+        let inner = Inner { compute: compute.clone(), recording, frugal, loss_scale, nodes: RefCell::default() };
         Tape { inner: Rc::new(inner) }
     }
 
@@ -128,12 +146,13 @@ impl Tape {
         }
         let slot = self.push_with(backward);
         let value = Rc::new(RefCell::new(Value::Deferred(Box::new(compute))));
-        Ok(Activation { tape: self.clone(), slot, shape: shape.into(), dtype, value })
+        Ok(Activation { tape: self.clone(), slot, shape: shape.into(), dtype, value, again: None })
     }
 
     fn activation(&self, tensor: Tensor, slot: Slot) -> Activation {
         let (shape, dtype) = (tensor.shape().clone(), tensor.dtype());
-        Activation { tape: self.clone(), slot, shape, dtype, value: Rc::new(RefCell::new(Value::Ready(tensor))) }
+        let value = Rc::new(RefCell::new(Value::Ready(tensor)));
+        Activation { tape: self.clone(), slot, shape, dtype, value, again: None }
     }
 
     fn push_with(&self, backward: impl FnOnce(Tensor, &mut Gradients) -> Result<()> + 'static) -> Slot {
@@ -192,6 +211,19 @@ impl Activation {
         Ok(tensor)
     }
 
+    /// The same, which comes about again by `again` from what its operation keeps for its own backward.
+    pub fn comes_again(self, again: impl Fn() -> Result<Tensor> + 'static) -> Self {
+        Activation { again: Some(Rc::new(again)), ..self }
+    }
+
+    /// What an operation keeps of it for its backward.
+    pub fn keep(&self) -> Result<Kept> {
+        match &self.again {
+            Some(again) if self.tape.inner.frugal => Ok(Kept::Again(Rc::clone(again))),
+            _ => Ok(Kept::Values(self.tensor()?)),
+        }
+    }
+
     /// Its shape.
     pub fn dims(&self) -> &[usize] {
         self.shape.dims()
@@ -225,6 +257,16 @@ impl Activation {
     /// Where operations on it are computed.
     pub fn compute(&self) -> &Compute {
         self.tape.compute()
+    }
+}
+
+impl Kept {
+    /// The values.
+    pub fn tensor(self) -> Result<Tensor> {
+        match self {
+            Kept::Values(tensor) => Ok(tensor),
+            Kept::Again(again) => again(),
+        }
     }
 }
 

@@ -79,6 +79,8 @@ pub struct Plan {
     pub layers: u32,
     /// Of these the last ones whose activations are kept for the backward pass; the others are computed again.
     pub kept_layers: u32,
+    /// Those that are kept compute norms and activation functions again all the same.
+    pub frugal: bool,
     /// The first ones, whose inputs wait in host memory for the backward pass.
     pub away_layers: u32,
     /// Why it does not fit, and what would make it fit.
@@ -109,6 +111,8 @@ fn configured_model(config: &Config, program: &Program) -> Option<Gpt2Config> {
 pub struct Keeping {
     /// The last so many layers keep theirs for the backward pass; those of the others are computed again.
     pub layers: usize,
+    /// Layers that keep theirs compute again what is cheap.
+    pub frugal: bool,
     /// The inputs of the first so many layers wait in host memory.
     pub away: usize,
 }
@@ -124,6 +128,7 @@ pub fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -
             micro_batches: train.micro_batches,
             seq_len: train.seq_len,
             kept_layers: keeping.layers,
+            frugal: keeping.frugal,
             away_layers: keeping.away,
             gpu: is_cuda(&config.compute),
             element_bytes: if half { 2 } else { 4 },
@@ -141,10 +146,13 @@ impl Plan {
             model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
         let layers = program.uses.len().saturating_sub(2);
-        let kept = if config.train.recompute == Recompute::None { layers } else { 0 };
-        let most_away = layers - kept;
-        let least =
-            Keeping { layers: kept, away: if config.train.boundaries == Boundaries::Device { 0 } else { most_away } };
+        let kept = match config.train.recompute {
+            Recompute::None => Keeping { layers, ..Keeping::default() },
+            Recompute::Selective => Keeping { layers, frugal: true, away: 0 },
+            Recompute::Auto | Recompute::Full => Keeping::default(),
+        };
+        let most_away = layers - kept.layers;
+        let least = Keeping { away: if config.train.boundaries == Boundaries::Device { 0 } else { most_away }, ..kept };
         let precision = config.model.precision;
         let device = config.memory.device;
         let chunk = match config.memory.chunk {
@@ -176,6 +184,7 @@ impl Plan {
             layers: 0,
             kept_layers: 0,
             away_layers: 0,
+            frugal: false,
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
@@ -186,10 +195,11 @@ impl Plan {
         });
         plan.layers = layers as u32;
         let keeping = match config.train.boundaries {
-            Boundaries::Auto if model.is_some() => plan.keeping(config, kept, &non_model),
-            Boundaries::Auto | Boundaries::Device => Keeping { layers: kept, away: 0 },
-            Boundaries::Host => Keeping { layers: kept, away: most_away },
+            Boundaries::Host => Keeping { away: most_away, ..kept },
+            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &non_model),
+            Boundaries::Auto | Boundaries::Device => kept,
         };
+        plan.frugal = keeping.frugal;
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
         plan.place(config, program, non_model(keeping));

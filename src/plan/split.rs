@@ -6,7 +6,7 @@ use patrickstar_actors::types::Bytes;
 use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
 use super::{Keeping, Plan};
-use crate::config::{Config, Placement, Recompute};
+use crate::config::{Boundaries, Config, Placement, Recompute};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
@@ -46,23 +46,32 @@ impl Plan {
 
     /// What is kept where. Beside a model that lives on the device as a whole: the activations of as many layers as find a
     /// place. Where chunks travel their slots come first, and where not even they have room inputs of layers go to host memory.
-    pub(super) fn keeping(&self, config: &Config, kept: usize, non_model: &dyn Fn(Keeping) -> Bytes) -> Keeping {
+    pub(super) fn keeping(&self, config: &Config, kept: Keeping, non_model: &dyn Fn(Keeping) -> Bytes) -> Keeping {
         let layers = self.layers as usize;
         let room = |keeping: Keeping| self.room(config, non_model(keeping));
         if config.train.recompute == Recompute::Auto {
-            let fits = |&layers: &usize| {
-                let room = room(Keeping { layers, away: 0 });
+            let fits = |keeping: &Keeping| {
+                let room = room(*keeping);
                 room.most_resident() == room.groups
             };
-            if let Some(layers) = (1..=layers).take_while(fits).last() {
-                return Keeping { layers, away: 0 };
+            let all = Keeping { layers, ..Keeping::default() };
+            if fits(&all) {
+                return all;
             }
+            // Half as many again find a place if they leave out what is cheap.
+            let some = |layers: usize| Keeping { layers, frugal: true, away: 0 };
+            if let Some(most) = (1..=layers).map(some).take_while(fits).last() {
+                return most;
+            }
+        }
+        if config.train.boundaries == Boundaries::Device {
+            return kept;
         }
         // On a GPU a block's chunks come while another's are used.
         let needed = if is_cuda(&config.compute) { 2 * self.working_set_chunks } else { self.working_set_chunks };
-        let keeping = |away: usize| Keeping { layers: kept, away };
-        let enough = (0..=layers - kept).find(|&away| room(keeping(away)).slots >= needed);
-        keeping(enough.unwrap_or(layers - kept))
+        let keeping = |away: usize| Keeping { away, ..kept };
+        let most = layers - kept.layers;
+        keeping((0..=most).find(|&away| room(keeping(away)).slots >= needed).unwrap_or(most))
     }
 
     /// What the parts of a step cost, from shapes.

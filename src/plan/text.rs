@@ -47,8 +47,11 @@ impl Plan {
             lines.push(format!("        {:.3} TFLOP without recompute", flops / 1e12));
         }
         lines.push(format!(
-            "        of {} layers {} keep their activations, the others are computed again, {} from inputs in host memory",
-            self.layers, self.kept_layers, self.away_layers
+            "        of {} layers {} keep their activations{}, the others are computed again, {} from inputs in host memory",
+            self.layers,
+            self.kept_layers,
+            if self.frugal { " but for what is cheap" } else { "" },
+            self.away_layers
         ));
         lines.push(bound.line());
         lines.push(match self.refusal() {

@@ -42,7 +42,12 @@ impl Engine {
             let mut outputs = Vec::with_capacity(inputs.len());
             let mut of_block = Vec::with_capacity(inputs.len());
             for (micro, input) in inputs.into_iter().enumerate() {
-                let pass = self.pass(batch, step, (block, micro), input.clone(), keep)?;
+                let tape = match (keep, self.plan.frugal) {
+                    (true, true) => Tape::frugal(&self.compute, self.loss_scale.scale),
+                    (true, false) => Tape::scaled(&self.compute, self.loss_scale.scale),
+                    (false, _) => Tape::forgetting(&self.compute),
+                };
+                let pass = self.pass(batch, step, (block, micro), input.clone(), tape)?;
                 outputs.push(pass.output.tensor()?);
                 of_block.push(match (keep, away) {
                     (true, _) => Start::Pass(pass),
@@ -59,24 +64,20 @@ impl Engine {
         Ok(starts)
     }
 
-    /// Applies `block` to `input`; recording, if a backward follows.
+    /// Applies `block` to `input` on `tape`, which records if a backward follows.
     fn pass(
         &self,
         batch: &Batch,
         step: Step,
         (block, micro): (usize, usize),
         input: Tensor,
-        recording: bool,
+        tape: Tape,
     ) -> Result<Pass, Error> {
         let mut context = self.context(batch, step, block, micro);
         context.targets = (block + 1 == self.blocks.len()).then(|| batch.micro[micro].targets.clone());
-        let tape = if recording {
-            Tape::scaled(&self.compute, self.loss_scale.scale)
-        } else {
-            Tape::forgetting(&self.compute)
-        };
         // Token ids have no gradient.
-        let input = if recording && input.dtype().is_float() { tape.input(input) } else { tape.constant(input) };
+        let input =
+            if tape.is_recording() && input.dtype().is_float() { tape.input(input) } else { tape.constant(input) };
         let output = self.blocks[block].forward(&input, &self.params[block], &context)?;
         Ok(Pass { tape, input, output })
     }
@@ -97,13 +98,14 @@ impl Engine {
             let lease = self.lease(block, true)?;
             let start = self.runtime.timeline().now();
             for (micro, begun) in std::mem::take(&mut starts[block]).into_iter().enumerate() {
+                let again = |input: Tensor| {
+                    let tape = Tape::scaled(&self.compute, self.loss_scale.scale);
+                    self.pass(batch, step, (block, micro), input, tape)
+                };
                 let pass = match begun {
                     Start::Pass(pass) => pass,
-                    Start::Input(input) => self.pass(batch, step, (block, micro), input, true)?,
-                    Start::Coming(coming) => {
-                        let input = self.stash.arrive(coming)?;
-                        self.pass(batch, step, (block, micro), input, true)?
-                    }
+                    Start::Input(input) => again(input)?,
+                    Start::Coming(coming) => again(self.stash.arrive(coming)?)?,
                     Start::Away(_) => return Err(Error::Model(format!("the input of block {block} was not fetched"))),
                 };
                 if block == last {

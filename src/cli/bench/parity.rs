@@ -63,9 +63,10 @@ const TIGHT: u64 = 15;
 
 /// What a variant does with activations where its device holds all chunks or none to spare.
 fn keeping(config: &Config, model: &Gpt2Config) -> Keeping {
-    let layers = if config.train.recompute == Recompute::None { model.layers } else { 0 };
+    let frugal = config.train.recompute == Recompute::Selective;
+    let layers = if frugal || config.train.recompute == Recompute::None { model.layers } else { 0 };
     let away = if config.train.boundaries == Boundaries::Host { model.layers - layers } else { 0 };
-    Keeping { layers, away }
+    Keeping { layers, frugal, away }
 }
 
 /// Device memory for `slots` chunks beside the activations.
@@ -83,7 +84,7 @@ fn variants(base: &Config) -> Vec<Variant> {
         change(&mut config);
         variants.push(Variant { name, config, kill: None, resume_after: None });
     };
-    for recompute in [Recompute::Full, Recompute::Auto, Recompute::None] {
+    for recompute in [Recompute::Full, Recompute::Selective, Recompute::Auto, Recompute::None] {
         for slots in [TIGHT, 10_000] {
             add(format!("recompute {recompute}, {slots} chunks"), &|config| {
                 config.train.recompute = recompute;

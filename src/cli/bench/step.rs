@@ -106,6 +106,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "recompute": {
             "layers": engine.plan().layers,
             "kept": engine.plan().kept_layers,
+            "cheap_again": engine.plan().frugal,
             "inputs_in_host_memory": engine.plan().away_layers,
             "host_gb": engine.stash_bytes().0 as f64 / 1e9,
         },

@@ -4,7 +4,7 @@ use candle_core::{Result, bail};
 
 use super::gelu::Gelu;
 use crate::model::param::Param;
-use crate::model::tape::Activation;
+use crate::model::tape::{Activation, Gradients};
 
 /// Applies `weight` (out, in) and `bias` (out) to the last dimension of `x` (.., in).
 pub fn linear(x: &Activation, weight: &Param, bias: Option<&Param>) -> Result<Activation> {
@@ -24,15 +24,20 @@ pub fn logits(x: &Activation, weight: &Param) -> Result<Activation> {
 /// `gelu(linear(x))`, which takes the bias's gradient on the way through GELU's: one pass less than the two operations.
 pub fn linear_gelu(x: &Activation, weight: &Param, bias: &Param, form: Gelu) -> Result<Activation> {
     let dims = checked_dims(x, weight, Some(bias))?;
-    let (compute, input) = (x.compute().clone(), x.tensor()?);
-    let up = on!(&compute, linear_forward(&input, weight, Some(bias), None))?.reshape(dims)?;
+    let (compute, input) = (x.compute().clone(), x.keep()?);
+    let up = on!(&compute, linear_forward(&x.tensor()?, weight, Some(bias), None))?.reshape(dims)?;
     let output = on!(&compute, gelu_forward(&up, form))?;
+    let again = {
+        let (compute, up) = (compute.clone(), up.clone());
+        move || on!(&compute, gelu_forward(&up, form))
+    };
     let (into_x, weight, bias) = (x.slot(), weight.clone(), bias.clone());
-    Ok(x.tape().record(output, move |dy, gradients| {
+    let backward = move |dy, gradients: &mut Gradients| {
         let dup = on!(&compute, gelu_backward_bias(&dy, &up, form, &bias))?;
         gradients.add(into_x, |before| on!(&compute, linear_backward_input(&dup, &weight, before)))?;
-        on!(&compute, linear_backward_weight(&dup, &input, &weight, None))
-    }))
+        on!(&compute, linear_backward_weight(&dup, &input.tensor()?, &weight, None))
+    };
+    Ok(x.tape().record(output, backward).comes_again(again))
 }
 
 /// The shape of `linear(x)`, if the shapes fit.
@@ -59,20 +64,20 @@ fn apply(x: &Activation, weight: &Param, bias: Option<&Param>, residual: Option<
     {
         bail!("linear_add: the residual has shape {:?}, the result {dims:?}", residual.dims());
     }
-    let (compute, input) = (x.compute().clone(), x.tensor()?);
+    let (compute, input) = (x.compute().clone(), x.keep()?);
     let forward = {
-        let (compute, input, weight, bias) = (compute.clone(), input.clone(), weight.clone(), bias.cloned());
+        let (compute, x, weight, bias) = (compute.clone(), x.clone(), weight.clone(), bias.cloned());
         let residual = residual.cloned();
         move || {
             let residual = residual.map(|residual| residual.tensor()).transpose()?;
-            on!(&compute, linear_forward(&input, &weight, bias.as_ref(), residual.as_ref()))
+            on!(&compute, linear_forward(&x.tensor()?, &weight, bias.as_ref(), residual.as_ref()))
         }
     };
     let (into_x, into_residual) = (x.slot(), residual.and_then(Activation::slot));
     let (weight, bias) = (weight.clone(), bias.cloned());
     x.tape().record_deferred(dims, x.dtype(), forward, move |dy, gradients| {
         gradients.add(into_x, |before| on!(&compute, linear_backward_input(&dy, &weight, before)))?;
-        on!(&compute, linear_backward_weight(&dy, &input, &weight, bias.as_ref()))?;
+        on!(&compute, linear_backward_weight(&dy, &input.tensor()?, &weight, bias.as_ref()))?;
         gradients.pass(into_residual, &dy)
     })
 }

@@ -1,8 +1,8 @@
 //! The gate of SwiGLU (Shazeer, 2020), on the result of one product for both halves.
 
-use candle_core::{Result, bail};
+use candle_core::{Result, Tensor, bail};
 
-use crate::model::tape::Activation;
+use crate::model::tape::{Activation, Gradients};
 
 /// `silu(gate) * up` for `gate_up` (.., 2 * width), each row's gate before its up, into (.., width).
 pub fn swiglu(gate_up: &Activation) -> Result<Activation> {
@@ -12,9 +12,14 @@ pub fn swiglu(gate_up: &Activation) -> Result<Activation> {
     }
     let (compute, input, into_x) = (gate_up.compute().clone(), gate_up.tensor()?, gate_up.slot());
     let output = on!(&compute, swiglu_forward(&input))?;
-    Ok(gate_up.tape().record(output, move |dy, gradients| {
+    let again = {
+        let (compute, input) = (compute.clone(), input.clone());
+        move || on!(&compute, swiglu_forward(&input))
+    };
+    let backward = move |dy: Tensor, gradients: &mut Gradients| {
         gradients.add(into_x, |before| on!(&compute, swiglu_backward(&dy, &input, before)))
-    }))
+    };
+    Ok(gate_up.tape().record(output, backward).comes_again(again))
 }
 
 /// The shape of the result for an input of shape `dims`.

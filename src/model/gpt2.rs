@@ -128,9 +128,12 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
         (tokens.min(256), attention + (2 << 20))
     };
     let head = (head_tokens * model.vocab * 4) as u64 + activation * 4;
-    let bytes = extra + boundaries + activation * kept + block.max(head);
-    // A pool of its own cannot be moved together when it falls to pieces.
-    if shape.gpu { bytes + bytes / FRAGMENTS } else { bytes }
+    extra + boundaries + activation * kept + block.max(head)
+}
+
+/// What a GPU's pool needs for so many bytes of activations: it cannot be moved together when it falls to pieces.
+pub fn pool_bytes(activations: u64) -> u64 {
+    activations + activations / FRAGMENTS
 }
 
 impl Gpt2Config {

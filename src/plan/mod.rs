@@ -91,6 +91,9 @@ pub struct Plan {
     slots: Slots,
     #[serde(skip)]
     room: SplitRoom,
+    /// Device memory set aside for what is not chunks.
+    #[serde(skip)]
+    reserved: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -117,8 +120,18 @@ pub struct Keeping {
     pub away: usize,
 }
 
+/// Device memory to set aside for what is not chunks.
+fn reserve(config: &Config, non_model: Bytes) -> Bytes {
+    if is_cuda(&config.compute) { Bytes(gpt2::pool_bytes(non_model.0)) } else { non_model }
+}
+
+/// Device memory to set aside for the activations of a GPT-2.
+pub fn gpt2_reserve(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
+    reserve(config, gpt2_activations(config, model, keeping))
+}
+
 /// Non-model memory of one step of a GPT-2, from the shapes.
-pub fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
+fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
     let train = &config.train;
     let half = is_cuda(&config.compute) && config.model.precision.is_half();
     Bytes(gpt2::activation_bytes(
@@ -145,6 +158,10 @@ impl Plan {
         let non_model = |keeping: Keeping| {
             model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
+        let reserved = |keeping: Keeping| match &model {
+            Some(_) => reserve(config, non_model(keeping)),
+            None => non_model(keeping),
+        };
         let layers = program.uses.len().saturating_sub(2);
         let kept = match config.train.recompute {
             Recompute::None => Keeping { layers, ..Keeping::default() },
@@ -161,7 +178,7 @@ impl Plan {
                 let limits = SearchLimits {
                     min: Bytes(CHUNK_SEARCH.0),
                     max: Bytes(CHUNK_SEARCH.1),
-                    device_budget: Some(Bytes(device.0.saturating_sub(non_model(least).0))),
+                    device_budget: Some(Bytes(device.0.saturating_sub(reserved(least).0))),
                     working_set: &program.working_sets(),
                 };
                 search_chunk_size(&specs, precision, limits)?.best
@@ -189,6 +206,7 @@ impl Plan {
             layout,
             slots: Slots::default(),
             room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false },
+            reserved: Bytes(0),
         };
         plan.flops = model.as_ref().map(|model| {
             gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
@@ -196,12 +214,13 @@ impl Plan {
         plan.layers = layers as u32;
         let keeping = match config.train.boundaries {
             Boundaries::Host => Keeping { away: most_away, ..kept },
-            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &non_model),
+            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &reserved),
             Boundaries::Auto | Boundaries::Device => kept,
         };
         plan.frugal = keeping.frugal;
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
+        plan.reserved = reserved(keeping);
         plan.place(config, program, non_model(keeping));
         Ok(plan)
     }
@@ -209,7 +228,7 @@ impl Plan {
     fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let chunk = self.chunk.0;
         let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
-        self.room = self.room(config, non_model);
+        self.room = self.room(config, self.reserved);
         self.split = self.split(config, &self.room);
         let (needed, wanted) = self.host_slots(&self.room, config.memory.device);
         let available = match available_host_memory() {
@@ -259,7 +278,7 @@ impl Plan {
         let train = &config.train;
         RuntimeConfig {
             device: config.memory.device,
-            non_model: self.tiers.first().map_or(Bytes(0), |tier| tier.non_model),
+            non_model: self.reserved,
             host_slots: self.slots.host,
             disk_slots: self.slots.disk,
             disk_path: config.memory.disk_path.clone().unwrap_or_else(|| default_disk_path(config)),

@@ -12,7 +12,7 @@ use crate::cli::args::GoldenPrecision;
 use crate::config::{Config, Schedule, Size};
 use crate::model::gpt2::{self, Gpt2Config};
 use crate::model::hf::{Weights, is_conv1d};
-use crate::plan::{Keeping, gpt2_activations};
+use crate::plan::{Keeping, gpt2_reserve};
 use crate::train::{Batch, Engine, MicroBatch};
 
 /// Largest differences from PyTorch's fp32 results that pass.
@@ -110,7 +110,7 @@ pub fn run(directory: &Path, precision: GoldenPrecision) -> Result<(Value, bool)
     let resident = compare(directory, &golden, &model, (Bytes(1 << 30), precision))?;
     let states = states_bytes(directory, &model, precision)?;
     // A model this small has activations larger than its states: the third is for chunks.
-    let activations = gpt2_activations(&config(directory, &golden, (Bytes(0), precision)), &model, Keeping::default());
+    let activations = gpt2_reserve(&config(directory, &golden, (Bytes(0), precision)), &model, Keeping::default());
     let third = compare(directory, &golden, &model, (Bytes(states / 3 + activations.0), precision))?;
     let worst = |pick: fn(&Differences) -> f64| pick(&resident).max(pick(&third));
     let (logits, gradients, losses) = (worst(|d| d.logits), worst(|d| d.gradients), worst(|d| d.losses));

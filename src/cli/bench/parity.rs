@@ -12,7 +12,7 @@ use crate::config::{Boundaries, Config, Placement, Policy, Recompute, Schedule, 
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
-use crate::plan::{Keeping, gpt2_activations};
+use crate::plan::{Keeping, gpt2_reserve};
 use crate::train::model::{build, to_batch};
 use crate::train::{Batch, Engine};
 
@@ -72,8 +72,8 @@ fn keeping(config: &Config, model: &Gpt2Config) -> Keeping {
 /// Device memory for `slots` chunks beside the activations.
 fn device(config: &Config, slots: u64) -> Bytes {
     // A configuration without a model fails when its run starts.
-    let activations = Gpt2Config::from_config(config)
-        .map_or(Bytes(0), |model| gpt2_activations(config, &model, keeping(config, &model)));
+    let activations =
+        Gpt2Config::from_config(config).map_or(Bytes(0), |model| gpt2_reserve(config, &model, keeping(config, &model)));
     Bytes(activations.0 + slots * CHUNK)
 }
 

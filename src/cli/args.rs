@@ -102,6 +102,9 @@ pub struct TrainArgs {
     /// Continue from a checkpoint: the newest of the run, or of this directory.
     #[arg(long, value_name = "DIR", num_args = 0..=1)]
     pub resume: Option<Option<PathBuf>>,
+    /// Serve Prometheus metrics while training, such as at 127.0.0.1:9464; the same as --set telemetry.metrics_listen=ADDRESS.
+    #[arg(long, value_name = "ADDRESS")]
+    pub metrics: Option<String>,
     /// Print JSON lines.
     #[arg(long)]
     pub json: bool,

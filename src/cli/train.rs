@@ -10,7 +10,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::args::TrainArgs;
 use super::{CliError, output};
 use crate::Error;
-use crate::config::Sources;
+use crate::config::{Config, Sources};
+use crate::telemetry::metrics::listener::listen;
 use crate::train::engine::StepReport;
 use crate::train::session::{Observer, Progress, Session, Start};
 
@@ -18,6 +19,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let mut set = args.source.set.clone();
     if let Some(data) = &args.data {
         set.push(format!("data.path={}", data.display()));
+    }
+    if let Some(address) = &args.metrics {
+        set.push(format!("telemetry.metrics_listen={address}"));
     }
     let config = Sources::process(args.source.config.clone(), set).load()?.config;
     let stop = stop_flag()?;
@@ -27,6 +31,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         Some(Some(path)) => Start::At(path),
     };
     let mut observer = Lines::new(config.train.steps, config.train.log_every, args.json);
+    serve_metrics(&config, &mut observer)?;
     let session = Session::open(config, &start, &mut observer)?;
     observer.message(&session.engine().plan().headline());
     let summary = session.run(&stop, &mut observer)?;
@@ -57,6 +62,16 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         output::line(&format!("{what}: {}", path.display()))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Serves metrics where the configuration says so; the run directory names the job.
+fn serve_metrics(config: &Config, observer: &mut dyn Observer) -> Result<(), Error> {
+    config.validate()?;
+    let Some(address) = config.metrics_address() else { return Ok(()) };
+    let directory = config.train.output.file_name().unwrap_or(config.train.output.as_os_str());
+    listen(address, &directory.to_string_lossy())?;
+    observer.message(&format!("metrics at http://{address}/metrics"));
+    Ok(())
 }
 
 /// Turns true at the first SIGINT or SIGTERM; the second one ends the process at once.

@@ -18,6 +18,11 @@ impl Config {
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::Invalid(problems)) }
     }
 
+    /// Where metrics are served, if anywhere.
+    pub fn metrics_address(&self) -> Option<std::net::SocketAddr> {
+        self.telemetry.metrics_listen.parse().ok()
+    }
+
     fn check_model(&self, problems: &mut Vec<String>) {
         let model = &self.model;
         let mut check = |ok: bool, message: String| {
@@ -128,6 +133,10 @@ impl Config {
         };
         check(!self.data.path.as_os_str().is_empty(), "`data.path` is empty: name a file or directory of text");
         check(!self.data.tokenizer.is_empty(), "`data.tokenizer` is empty: use \"bytes\" or a tokenizer.json");
+        check(
+            self.telemetry.metrics_listen.is_empty() || self.metrics_address().is_some(),
+            "`telemetry.metrics_listen` is no address: use such as \"127.0.0.1:9464\", or \"\"",
+        );
         check(self.checkpoint.keep > 0, "`checkpoint.keep` is 0: keep at least 1");
         check(actors.copy.mailbox > 0, "`actors.copy.mailbox` is 0: set it to 1 or more");
         check(actors.reduction.mailbox > 0, "`actors.reduction.mailbox` is 0: set it to 1 or more");

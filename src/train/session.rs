@@ -18,6 +18,7 @@ use crate::data::{Batches, Corpus, DataPosition, Tokenizer};
 use crate::error::Error;
 use crate::model::gpt2::Gpt2Config;
 use crate::model::hf;
+use crate::telemetry::metrics::{self, TrainingMetrics};
 use crate::telemetry::report::{ChunkLabel, RunReport, StepPoint, write_report};
 use crate::telemetry::tensorboard::EventWriter;
 use crate::telemetry::trace::write_chrome_trace;
@@ -72,6 +73,12 @@ pub trait Observer {
     fn step(&mut self, report: &StepReport, session: &Progress);
     /// Something worth a line.
     fn message(&mut self, text: &str);
+    /// A step is about to begin: the moment for new policies.
+    fn before_step(&mut self, _engine: &Engine) -> Result<(), Error> {
+        Ok(())
+    }
+    /// The states after `step` are safe on disk.
+    fn saved(&mut self, _step: Step, _path: &Path) {}
 }
 
 /// Numbers for a progress line.
@@ -96,6 +103,8 @@ pub struct Session {
     engine: Engine,
     history: Vec<StepPoint>,
     events: Option<EventWriter>,
+    /// Where this process has a registry.
+    metrics: Option<TrainingMetrics>,
     saving: Option<Saving>,
     last_checkpoint: Option<PathBuf>,
     /// The step whose states the output directory already has.
@@ -142,6 +151,7 @@ impl Session {
             .tensorboard
             .then(|| EventWriter::create(&output).map_err(|error| Error::io(&output, error)))
             .transpose()?;
+        let metrics = metrics::installed().map(|registry| TrainingMetrics::new(Arc::clone(registry), &engine));
         let resumed_here = checkpoint.filter(|from| from.path().parent() == Some(&checkpoints_dir(&output)));
         Ok(Session {
             config,
@@ -151,6 +161,7 @@ impl Session {
             engine,
             history: Vec::new(),
             events,
+            metrics,
             saving: None,
             saved: resumed_here.as_ref().map(|from| from.meta().step),
             last_checkpoint: resumed_here.map(|from| from.path().to_owned()),
@@ -168,14 +179,15 @@ impl Session {
                 observer.message("stopping after this step: saving a checkpoint");
                 break;
             }
+            observer.before_step(&self.engine)?;
             self.step(observer)?;
             let step = self.engine.current_step().0;
             if self.config.checkpoint.every > 0 && step.is_multiple_of(self.config.checkpoint.every) && step < total {
-                self.save()?;
+                self.save(observer)?;
             }
         }
-        self.save()?;
-        self.finish_saving()?;
+        self.save(observer)?;
+        self.finish_saving(observer)?;
         // Generation is not part of the recorded steps.
         self.engine.runtime().timeline().set_enabled(false);
         let sample = self.sample()?;
@@ -191,6 +203,9 @@ impl Session {
         let tokens = self.batches.next_batch();
         let batch = to_batch(&tokens, self.config.train.micro_batches)?;
         let report = self.engine.step(&batch)?;
+        if let Some(metrics) = &mut self.metrics {
+            metrics.step(&self.engine, &report, tokens.input.len() as u64, began.elapsed());
+        }
         if !report.loss.is_finite() {
             return Err(Error::Failed(format!(
                 "the loss is {} in step {}: lower train.lr and resume from the last checkpoint",
@@ -205,7 +220,7 @@ impl Session {
             ));
         }
         self.note(&report, began.elapsed().as_secs_f64(), tokens.input.len() as u64, observer)?;
-        self.reap_saving()
+        self.reap_saving(observer)
     }
 
     fn note(
@@ -265,25 +280,36 @@ impl Session {
         Ok(())
     }
 
-    fn save(&mut self) -> Result<(), Error> {
-        self.finish_saving()?;
+    fn save(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
+        self.finish_saving(observer)?;
         if self.saved == Some(self.engine.current_step()) {
             return Ok(());
         }
         let root = checkpoints_dir(&self.config.train.output);
         let meta = self.meta()?;
         self.saving = Some(self.engine.save(&root, self.config.checkpoint.keep, meta)?);
+        if let Some(metrics) = &mut self.metrics {
+            metrics.checkpoint_begun();
+        }
         self.saved = Some(self.engine.current_step());
         Ok(())
     }
 
-    fn reap_saving(&mut self) -> Result<(), Error> {
-        if self.saving.as_ref().is_some_and(Saving::is_finished) { self.finish_saving() } else { Ok(()) }
+    fn reap_saving(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
+        if self.saving.as_ref().is_some_and(Saving::is_finished) { self.finish_saving(observer) } else { Ok(()) }
     }
 
-    fn finish_saving(&mut self) -> Result<(), Error> {
+    fn finish_saving(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
         if let Some(saving) = self.saving.take() {
-            self.last_checkpoint = Some(saving.finish()?);
+            let path = saving.finish()?;
+            if let Some(metrics) = &mut self.metrics {
+                metrics.checkpoint_done();
+            }
+            // Only one is under way at a time, and `saved` is its step.
+            if let Some(step) = self.saved {
+                observer.saved(step, &path);
+            }
+            self.last_checkpoint = Some(path);
         }
         Ok(())
     }
@@ -375,6 +401,11 @@ impl Session {
     /// The engine, for callers that look inside.
     pub fn engine(&self) -> &Engine {
         &self.engine
+    }
+
+    /// The newest checkpoint of this run, its own or the one that it goes on from.
+    pub fn last_checkpoint(&self) -> Option<&Path> {
+        self.last_checkpoint.as_deref()
     }
 }
 

@@ -1,0 +1,77 @@
+//! Counters of what chunks did: moves, evictions, prefetches, updates; and the times that went with them.
+
+use std::time::Duration;
+
+use patrickstar_actors::stats::{Direction, Reason, StallCause, Stats};
+
+use super::names::{Counter, Histogram};
+use super::registry::Registry;
+use crate::config::Policy;
+use crate::train::Engine;
+
+/// Counts what is new since the last step.
+pub(super) fn count(registry: &Registry, engine: &Engine, new: &Stats) {
+    for direction in Direction::ALL {
+        let (moves, bytes) = (new.moves[direction as usize], new.bytes[direction as usize]);
+        match ends(direction) {
+            Some(ends) => {
+                registry.counter(Counter::ChunkMoves, &ends).increment(moves);
+                registry.counter(Counter::ChunkMovedBytes, &ends).increment(bytes);
+            }
+            None => registry.counter(Counter::ChunkZeroFills, &[]).increment(moves),
+        }
+    }
+    for (reason, name) in [
+        (Reason::Demand, "demand"),
+        (Reason::Prefetch, "prefetch"),
+        (Reason::Evict, "evict"),
+        (Reason::Offload, "offload"),
+    ] {
+        registry.counter(Counter::ChunkPlacements, &[name]).increment(new.reasons[reason as usize]);
+    }
+    let policy = policy_name(engine.config().actors.eviction.policy);
+    for (outcome, count) in [("copied", new.reasons[Reason::Evict as usize]), ("dropped", new.dropped)] {
+        registry.counter(Counter::ChunkEvictions, &[policy, outcome]).increment(count);
+    }
+    for (outcome, count) in
+        [("useful", new.prefetch_useful), ("late", new.prefetch_late), ("wasted", new.prefetch_wasted)]
+    {
+        registry.counter(Counter::ChunkPrefetches, &[outcome]).increment(count);
+    }
+    for (side, count) in [("device", new.stepped_on_device), ("host", new.stepped_on_host)] {
+        registry.counter(Counter::AdamParameters, &[side]).increment(count);
+    }
+}
+
+/// Records the times of the last step, those of 0 too: sums of parts are compared with the sum of steps.
+pub(super) fn record_times(registry: &Registry, new: &Stats) {
+    let record = |metric, labels: &[&str], time: Duration| registry.histogram(metric, labels).record(time);
+    for cause in StallCause::ALL {
+        record(Histogram::StallDuration, &[cause.name()], new.stalls[cause as usize]);
+    }
+    for direction in Direction::ALL {
+        if let Some(ends) = ends(direction) {
+            record(Histogram::CopyDuration, &ends, new.busy[direction as usize]);
+        }
+    }
+    record(Histogram::AdamHostDuration, &[], new.stepping_on_host);
+}
+
+/// The tiers at the ends of a move; `None` where nothing crosses a link.
+fn ends(direction: Direction) -> Option<[&'static str; 2]> {
+    match direction {
+        Direction::HostToDevice => Some(["host", "device"]),
+        Direction::DeviceToHost => Some(["device", "host"]),
+        Direction::DiskToHost => Some(["disk", "host"]),
+        Direction::HostToDisk => Some(["host", "disk"]),
+        Direction::Zero => None,
+    }
+}
+
+fn policy_name(policy: Policy) -> &'static str {
+    match policy {
+        Policy::Opt => "opt",
+        Policy::Lru => "lru",
+        Policy::Static => "static",
+    }
+}

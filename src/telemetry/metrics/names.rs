@@ -1,0 +1,265 @@
+//! Every metric there is: one enum a kind, with name, unit, labels and meaning. No name is spelled anywhere else, except by
+//! the monitor of the actors crate, whose three constants are taken up here.
+
+use patrickstar_actors::monitor::{CHUNK_BYTES, HOST_AVAILABLE_BYTES, NON_MODEL_BYTES};
+
+/// What a number counts. A name ends in its unit, so that a reader of a graph needs no table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// Things: steps, tokens, messages.
+    Count,
+    /// Bytes.
+    Bytes,
+    /// Seconds.
+    Seconds,
+    /// Seconds since 1970.
+    Timestamp,
+    /// From 0 to 1.
+    Ratio,
+    /// Floating-point operations.
+    Flops,
+    /// A number without a unit: a loss, a norm, a rate of learning.
+    Number,
+    /// Always 1; the labels say something.
+    Info,
+}
+
+impl Unit {
+    /// The word in the documentation.
+    pub fn name(self) -> &'static str {
+        match self {
+            Unit::Count => "count",
+            Unit::Bytes => "bytes",
+            Unit::Seconds => "seconds",
+            Unit::Timestamp => "seconds since 1970",
+            Unit::Ratio => "0 to 1",
+            Unit::Flops => "operations",
+            Unit::Number => "number",
+            Unit::Info => "always 1",
+        }
+    }
+}
+
+/// A metric: what its series have in common.
+#[derive(Clone, Copy, Debug)]
+pub struct Family {
+    /// As Prometheus shows it.
+    pub name: &'static str,
+    /// What it counts.
+    pub unit: Unit,
+    /// Names of its labels, in the order in which values are given.
+    pub labels: &'static [&'static str],
+    /// One sentence.
+    pub help: &'static str,
+}
+
+/// Declares an enum whose variants are families; the help is the variant's documentation too.
+macro_rules! families {
+    ($(#[$doc:meta])* $kind:ident { $($variant:ident = $name:expr, $unit:ident, [$($label:literal),*], $help:literal;)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum $kind {
+            $(#[doc = $help] $variant,)*
+        }
+
+        impl $kind {
+            /// All of them, in the order of the documentation.
+            pub const ALL: &[$kind] = &[$($kind::$variant),*];
+
+            /// Name, unit, labels and meaning.
+            pub fn family(self) -> Family {
+                match self {
+                    $($kind::$variant => {
+                        Family { name: $name, unit: Unit::$unit, labels: &[$($label),*], help: $help }
+                    })*
+                }
+            }
+        }
+    };
+}
+
+families! {
+    /// What only grows, in whole numbers. Seconds are no whole numbers: they are sums of histograms.
+    Counter {
+        TrainSteps = "patrickstar_train_steps_total", Count, [],
+            "Steps done by this process.";
+        TrainTokens = "patrickstar_train_tokens_total", Count, [],
+            "Tokens trained on by this process.";
+        OverflowSteps = "patrickstar_train_overflow_steps_total", Count, [],
+            "Steps that updated nothing, because gradients of the scaled loss overflowed fp16.";
+        NonFiniteSteps = "patrickstar_train_nonfinite_steps_total", Count, [],
+            "Steps whose loss or gradient norm was infinite or not a number, overflows of the scaled loss aside.";
+        ChunkMoves = "patrickstar_chunk_moves_total", Count, ["from", "to"],
+            "Chunks copied from one tier to another.";
+        ChunkMovedBytes = "patrickstar_chunk_moved_bytes_total", Bytes, ["from", "to"],
+            "Bytes copied from one tier to another.";
+        ChunkZeroFills = "patrickstar_chunk_zero_fills_total", Count, [],
+            "Fresh chunks filled with zeros where they are used: no bytes cross a link.";
+        ChunkPlacements = "patrickstar_chunk_placements_total", Count, ["reason"],
+            "Chunks copied or filled with zeros, by why: demand (somebody waits), prefetch, evict, offload.";
+        ChunkEvictions = "patrickstar_chunk_evictions_total", Count, ["policy", "outcome"],
+            "Chunks that lost their slot, by policy: copied away, or dropped because a valid copy lies elsewhere.";
+        ChunkPrefetches = "patrickstar_chunk_prefetches_total", Count, ["outcome"],
+            "Prefetched chunks: useful (there in time), late (compute had to wait), wasted (evicted before use).";
+        AdamParameters = "patrickstar_adam_parameters_total", Count, ["side"],
+            "Parameters stepped by the optimizer, by the side that stepped them.";
+        ActorMessages = "patrickstar_actor_messages_total", Count, ["actor"],
+            "Messages that an actor has handled.";
+        ActorRestarts = "patrickstar_actor_restarts_total", Count, ["actor"],
+            "Times that an actor was restored after a panic.";
+        Checkpoints = "patrickstar_checkpoints_total", Count, [],
+            "Checkpoints that are safe on disk, written by this process.";
+        ProcessCpuSeconds = "process_cpu_seconds_total", Seconds, [],
+            "Processor time of this process, user and system, in whole seconds.";
+    }
+}
+
+families! {
+    /// What is now.
+    Gauge {
+        BuildInfo = "patrickstar_build_info", Info, ["version"],
+            "The program that runs.";
+        JobInfo = "patrickstar_job_info", Info, ["model", "precision", "device"],
+            "The job that this process trains.";
+        JobStart = "patrickstar_job_start_timestamp_seconds", Timestamp, [],
+            "When this process began to train the job.";
+        JobLastStep = "patrickstar_job_last_step_timestamp_seconds", Timestamp, [],
+            "When the last step ended.";
+        TrainStep = "patrickstar_train_step", Count, [],
+            "Steps done by the job, those before a restart included.";
+        TrainPlannedSteps = "patrickstar_train_planned_steps", Count, [],
+            "Steps to train in all.";
+        TrainLoss = "patrickstar_train_loss", Number, [],
+            "Mean loss of the last step.";
+        TrainLearningRate = "patrickstar_train_learning_rate", Number, [],
+            "Learning rate of the last step.";
+        TrainGradientNorm = "patrickstar_train_gradient_norm", Number, [],
+            "Global norm of the last step's gradient before clipping.";
+        TrainLossScale = "patrickstar_train_loss_scale", Number, [],
+            "What the loss is multiplied by before the backward pass; 1 unless weights are fp16.";
+        ModelParameters = "patrickstar_model_parameters", Count, [],
+            "Parameters of the model, tied ones once.";
+        ModelStateBytes = "patrickstar_model_state_bytes", Bytes, [],
+            "Bytes of weights and optimizer states.";
+        ModelStepFlops = "patrickstar_model_step_flops", Flops, [],
+            "Operations that the model needs for a step, recompute not counted: steps per second times this, divided by what the device can do, is the MFU.";
+        ChunkSizeBytes = "patrickstar_chunk_size_bytes", Bytes, [],
+            "Size of a chunk.";
+        MemoryCapacity = "patrickstar_memory_capacity_bytes", Bytes, ["tier"],
+            "Bytes of a tier's slots.";
+        MemoryBudget = "patrickstar_memory_budget_bytes", Bytes, ["tier"],
+            "Bytes of a tier that chunks may use now.";
+        MemoryUsed = "patrickstar_memory_used_bytes", Bytes, ["tier", "kind"],
+            "Bytes of chunks in a tier at the end of the last step, by what they hold.";
+        MemoryPeak = "patrickstar_memory_peak_bytes", Bytes, ["tier"],
+            "Most bytes of chunks that a tier has held.";
+        ChunkBytes = CHUNK_BYTES, Bytes, ["tier"],
+            "Bytes of chunk slots in use, sampled by the monitor while a step runs.";
+        DeviceLimit = "patrickstar_device_limit_bytes", Bytes, [],
+            "Device memory that the job was given, for everything.";
+        DevicePeak = "patrickstar_device_peak_bytes", Bytes, [],
+            "Most device memory in use at any moment: chunks and non-model memory together.";
+        NonModelBytes = NON_MODEL_BYTES, Bytes, [],
+            "Device memory that is not chunks (activations, workspaces), sampled by the monitor while a step runs.";
+        NonModelPeak = "patrickstar_non_model_peak_bytes", Bytes, [],
+            "Most device memory that was not chunks.";
+        HostAvailable = HOST_AVAILABLE_BYTES, Bytes, [],
+            "Host memory that this process may still take: what its control groups and the machine leave.";
+        CheckpointLastSuccess = "patrickstar_checkpoint_last_success_timestamp_seconds", Timestamp, [],
+            "When the newest checkpoint was safe on disk; absent before the first.";
+        ProcessResidentBytes = "process_resident_memory_bytes", Bytes, [],
+            "Memory of this process in RAM.";
+        ProcessOpenFds = "process_open_fds", Count, [],
+            "Open files and sockets of this process.";
+        ProcessThreads = "process_threads", Count, [],
+            "Threads of this process.";
+        ProcessStart = "process_start_time_seconds", Timestamp, [],
+            "When this process started.";
+    }
+}
+
+families! {
+    /// Spread of a time. Its sum divided by another's is a share of time; its count counts steps.
+    Histogram {
+        StepDuration = "patrickstar_train_step_duration_seconds", Seconds, [],
+            "Wall time of a step, its data included.";
+        DataDuration = "patrickstar_train_data_duration_seconds", Seconds, [],
+            "Time of a step outside of the engine: reading and arranging its tokens.";
+        StallDuration = "patrickstar_stall_duration_seconds", Seconds, ["cause"],
+            "Time of a step in which the device had nothing to do, by what it waited for.";
+        CopyDuration = "patrickstar_chunk_copy_duration_seconds", Seconds, ["from", "to"],
+            "Time of a step in which the streams of a direction were copying.";
+        AdamHostDuration = "patrickstar_adam_host_duration_seconds", Seconds, [],
+            "Time of a step in which the host's cores ran the optimizer.";
+        CheckpointDuration = "patrickstar_checkpoint_duration_seconds", Seconds, [],
+            "Time from the beginning of a checkpoint to the step that found it safe on disk; training goes on meanwhile.";
+    }
+}
+
+/// Steps take milliseconds for a toy and minutes for a model of the GPU's whole memory.
+const STEP_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0];
+/// Parts of a step are read by their sums: powers of ten show whether they are noise, a part, or most of it.
+const PART_BUCKETS: &[f64] = &[1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0];
+const CHECKPOINT_BUCKETS: &[f64] = &[0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0];
+
+impl Histogram {
+    /// Upper bounds of its buckets. Without any the exporter would make a summary, which cannot be added up.
+    pub fn buckets(self) -> &'static [f64] {
+        match self {
+            Histogram::StepDuration => STEP_BUCKETS,
+            Histogram::DataDuration
+            | Histogram::StallDuration
+            | Histogram::CopyDuration
+            | Histogram::AdamHostDuration => PART_BUCKETS,
+            Histogram::CheckpointDuration => CHECKPOINT_BUCKETS,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn all() -> Vec<Family> {
+        let counters = Counter::ALL.iter().map(|metric| metric.family());
+        let gauges = Gauge::ALL.iter().map(|metric| metric.family());
+        counters.chain(gauges).chain(Histogram::ALL.iter().map(|metric| metric.family())).collect()
+    }
+
+    #[test]
+    fn names_are_unique_and_say_their_unit() {
+        let mut seen = std::collections::HashSet::new();
+        for family in all() {
+            assert!(seen.insert(family.name), "{} is declared twice", family.name);
+            assert!(family.name.starts_with("patrickstar_") || family.name.starts_with("process_"), "{}", family.name);
+            let stem = family.name.trim_end_matches("_total");
+            let ending = match family.unit {
+                Unit::Bytes => "_bytes",
+                Unit::Seconds => "_seconds",
+                Unit::Timestamp if family.name == Gauge::ProcessStart.family().name => "_time_seconds",
+                Unit::Timestamp => "_timestamp_seconds",
+                Unit::Ratio => "_ratio",
+                Unit::Flops => "_flops",
+                Unit::Info => "_info",
+                Unit::Count | Unit::Number => "",
+            };
+            assert!(stem.ends_with(ending), "{} counts {}", family.name, family.unit.name());
+            assert!(family.help.ends_with('.') && !family.help.contains('\n'), "{}", family.name);
+            // Prometheus gives every target a label `job`, and the recorder every series of a job `job_id`.
+            assert!(!family.labels.iter().any(|label| ["job", "instance", "job_id", "le"].contains(label)));
+        }
+    }
+
+    #[test]
+    fn only_counters_end_in_total_and_buckets_rise() {
+        for metric in Counter::ALL {
+            assert!(metric.family().name.ends_with("_total"), "{metric:?}");
+        }
+        for metric in Gauge::ALL {
+            assert!(!metric.family().name.ends_with("_total"), "{metric:?}");
+        }
+        for metric in Histogram::ALL {
+            assert!(metric.buckets().is_sorted_by(|a, b| a < b) && !metric.buckets().is_empty(), "{metric:?}");
+        }
+    }
+}

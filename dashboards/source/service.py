@@ -1,0 +1,36 @@
+"""The processes and their actors."""
+
+from build import graph, row, stat, table
+
+TITLE = "Service and actors"
+VERSION = 1
+DESCRIPTION = "Processes, what they take of the machine, scrapes, and the actors of each job."
+RATE = "[$__rate_interval]"
+
+PANELS = [
+    stat("Up", "1 while a process answers scrapes.", "none", "up{PROCESS}", legend="{{instance}}", width=6,
+         thresholds=[(None, "red"), (1, "green")]),
+    stat("Running since", "Time since the process started. A small number after a long run is a restart.", "s",
+         "time() - process_start_time_seconds{PROCESS}", legend="{{instance}}", width=6),
+    stat("Scrape", "Time that a scrape took.", "s", "scrape_duration_seconds{PROCESS}", legend="{{instance}}", width=6,
+         thresholds=[(None, "green"), (0.1, "orange"), (1, "red")]),
+    stat("Series", "Series in a scrape.", "none", "scrape_samples_scraped{PROCESS}", legend="{{instance}}", width=6),
+
+    row("Actors"),
+    graph("Messages handled", "Work of each actor. One that stands still while the others work is stuck.", "none",
+          ("sum by (actor) (rate(patrickstar_actor_messages_total{JOB}%s))" % RATE, "{{actor}}"), min=0),
+    graph("Restarts", "Actors restored after a panic. Five in a row without progress end the training.", "none",
+          ("sum by (job_id, actor) (increase(patrickstar_actor_restarts_total{JOB}[5m]))", "{{job_id}} {{actor}}"), min=0),
+
+    row("Processes"),
+    graph("Memory", "Memory of the process in RAM: the host tier and everything else.", "bytes",
+          ("process_resident_memory_bytes{PROCESS}", "{{instance}} {{job_id}}"), min=0),
+    graph("Processor", "Cores in use.", "none", ("rate(process_cpu_seconds_total{PROCESS}[1m])", "{{instance}} {{job_id}}"), min=0),
+    graph("Open files", "Files and sockets. A number that only grows is a leak.", "none",
+          ("process_open_fds{PROCESS}", "{{instance}} {{job_id}}"), min=0),
+    graph("Threads", "Threads of the process.", "none", ("process_threads{PROCESS}", "{{instance}} {{job_id}}"), min=0),
+    graph("Time of scrapes", "As Prometheus saw them.", "s", ("scrape_duration_seconds{PROCESS}", "{{instance}}"), min=0),
+    graph("Checkpoints", "Checkpoints written in the last hour.", "none",
+          ("increase(patrickstar_checkpoints_total{JOB}[1h])", "{{job_id}}"), min=0),
+    table("Versions", "The program of each process.", "patrickstar_build_info{PROCESS}", ["Time", "__name__", "Value"]),
+]

@@ -1,0 +1,116 @@
+//! What is published is what the engine did.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use patrickstar::config::{Config, Size};
+use patrickstar::data::{TokenBatch, Tokenizer};
+use patrickstar::telemetry::metrics::{Counter, Gauge, Histogram, Registry, TrainingMetrics};
+use patrickstar::train::model::{build, to_batch};
+use patrickstar::{Batch, Engine};
+use patrickstar_actors::stats::{Direction, Stats};
+use patrickstar_actors::types::Tier;
+
+use crate::live::say;
+
+const STEPS: u64 = 4;
+
+fn config() -> Config {
+    let mut config = Config::default();
+    (config.model.hidden, config.model.layers, config.model.heads, config.model.context) = (32, 2, 2, 32);
+    (config.train.batch, config.train.micro_batches, config.train.seq_len) = (4, 2, 32);
+    config.train.recompute = patrickstar::config::Recompute::Full;
+    config.memory.device = "2600KiB".parse().unwrap();
+    config.memory.chunk = Size::Bytes("32KiB".parse().unwrap());
+    config
+}
+
+fn batch() -> Batch {
+    let input: Vec<u32> = (0..4 * 32).map(|position| position % 251).collect();
+    let target = input.iter().map(|token| token + 1).collect();
+    to_batch(&TokenBatch { sequences: 4, seq_len: 32, input, target }, 2).unwrap()
+}
+
+/// Counters just before and just after they were published the last time: actors fetch ahead whenever they can.
+struct Counted {
+    before: Stats,
+    after: Stats,
+}
+
+impl Counted {
+    fn assert_published(&self, published: f64, pick: impl Fn(&Stats) -> f64) {
+        let (before, after) = (pick(&self.before), pick(&self.after));
+        assert!((before..=after).contains(&published), "{published} is not in {before}..={after}");
+    }
+}
+
+/// Trains an engine of its own, and returns what it counted and how long publishing a step took at best.
+fn train(registry: &Arc<Registry>) -> (Engine, Counted, Duration) {
+    let mut config = config();
+    let (_, blocks) = build(&mut config, &Tokenizer::load("bytes").unwrap()).unwrap();
+    let mut engine = Engine::new(config, blocks).unwrap();
+    let mut metrics = TrainingMetrics::new(Arc::clone(registry), &engine);
+    let mut quickest = Duration::MAX;
+    let mut before = Stats::default();
+    for _ in 0..STEPS {
+        let report = engine.step(&batch()).unwrap();
+        before = engine.runtime().stats();
+        let start = Instant::now();
+        metrics.step(&engine, &report, 128, Duration::from_millis(10));
+        quickest = quickest.min(start.elapsed());
+    }
+    metrics.checkpoint_begun();
+    metrics.checkpoint_done();
+    let after = engine.runtime().stats();
+    (engine, Counted { before, after }, quickest)
+}
+
+/// The value of a series: its name, and its labels as the exporter writes them.
+fn value(text: &str, name: &str, labels: &str) -> f64 {
+    let series = if labels.is_empty() { format!("{name} ") } else { format!("{name}{{{labels}}} ") };
+    let line = text.lines().find(|line| line.starts_with(&series)).unwrap_or_else(|| panic!("{series}: {text}"));
+    line[series.len()..].parse().unwrap()
+}
+
+#[test]
+fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
+    let registry = Arc::new(Registry::new(None).unwrap());
+    let (engine, counted, quickest) = train(&registry);
+    say(&format!("publishing a step took {quickest:?}"));
+    let text = registry.render();
+    let counter = |counter: Counter, labels: &str| value(&text, counter.family().name, labels);
+    let gauge = |gauge: Gauge, labels: &str| value(&text, gauge.family().name, labels);
+    assert_eq!(counter(Counter::TrainSteps, ""), STEPS as f64);
+    assert_eq!(counter(Counter::TrainTokens, ""), 128.0 * STEPS as f64);
+    assert_eq!((counter(Counter::Checkpoints, ""), counter(Counter::NonFiniteSteps, "")), (1.0, 0.0));
+    assert_eq!(gauge(Gauge::TrainStep, ""), STEPS as f64);
+
+    let down = Direction::HostToDevice as usize;
+    assert!(counted.before.moves[down] > 0, "nothing travelled: the test shows nothing");
+    let ends = "from=\"host\",to=\"device\"";
+    counted.assert_published(counter(Counter::ChunkMoves, ends), |stats| stats.moves[down] as f64);
+    counted.assert_published(counter(Counter::ChunkMovedBytes, ends), |stats| stats.bytes[down] as f64);
+    counted.assert_published(counter(Counter::ChunkPrefetches, "outcome=\"useful\""), |stats| {
+        stats.prefetch_useful as f64
+    });
+    counted.assert_published(counter(Counter::AdamParameters, "side=\"host\""), |stats| stats.stepped_on_host as f64);
+
+    let steps = format!("{}_sum", Histogram::StepDuration.family().name);
+    assert!((value(&text, &steps, "") - 0.01 * STEPS as f64).abs() < 1e-9);
+    let copies = format!("{}_sum", Histogram::CopyDuration.family().name);
+    // Sums of differences round.
+    let copied = value(&text, &copies, ends);
+    assert!(copied >= counted.before.busy[down].as_secs_f64() - 1e-9);
+    assert!(copied <= counted.after.busy[down].as_secs_f64() + 1e-9);
+
+    let runtime = engine.runtime();
+    let peak = gauge(Gauge::MemoryPeak, "tier=\"device\"");
+    assert!(peak > 0.0 && peak <= runtime.tier_use(Tier::Device).peak.0 as f64, "{peak}");
+    assert_eq!(gauge(Gauge::DevicePeak, ""), runtime.device_peak().0 as f64);
+
+    let (_, second, _) = train(&registry);
+    let both = registry.render();
+    assert_eq!(value(&both, Counter::TrainSteps.family().name, ""), 2.0 * STEPS as f64);
+    let moves = value(&both, Counter::ChunkMoves.family().name, ends) - counter(Counter::ChunkMoves, ends);
+    second.assert_published(moves, |stats| stats.moves[down] as f64);
+}

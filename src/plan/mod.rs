@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use patrickstar_actors::adam::AdamConfig;
-use patrickstar_actors::chunk::{Layout, SearchLimits, search_chunk_size};
+use patrickstar_actors::chunk::{Layout, LayoutError, SearchLimits, search_chunk_size};
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::runtime::RuntimeConfig;
 use patrickstar_actors::schedule::Policy;
@@ -181,7 +181,14 @@ impl Plan {
                     device_budget: Some(Bytes(device.0.saturating_sub(reserved(least).0))),
                     working_set: &program.working_sets(),
                 };
-                search_chunk_size(&specs, precision, limits)?.best
+                match search_chunk_size(&specs, precision, limits) {
+                    // The largest matrix needs more.
+                    Err(LayoutError::EmptyRange { min, .. }) => {
+                        let max = Bytes(min.0 / 4 * 5);
+                        search_chunk_size(&specs, precision, SearchLimits { max, ..limits })?.best
+                    }
+                    outcome => outcome?.best,
+                }
             }
         };
         let layout = Layout::new(&specs, precision, chunk)?;

@@ -45,6 +45,16 @@ fn panel_rows(rows: usize) -> usize {
     panel.min(rows)
 }
 
+/// Elements of a linear layer's weight above which it may lie in several chunks: up to here a chunk that holds it is no
+/// larger than what copies and placement like best.
+const DIVISIBLE: usize = 128 << 20;
+
+/// Rows of a panel of such a weight, 128 MiB in 16 bits; `None` where it lies in one chunk.
+fn linear_panel_rows(out: usize, inner: usize) -> Option<usize> {
+    let rows = (DIVISIBLE / 2 / inner.max(1)) / 128 * 128;
+    (out * inner > DIVISIBLE).then_some(rows.max(128))
+}
+
 /// Vocabulary of the benchmark shapes: GPT-2's, padded to a multiple of 128.
 pub const BENCHMARK_VOCABULARY: usize = 50_304;
 
@@ -260,7 +270,7 @@ impl LayerBlock {
             shape: vec![out, inner],
             init: Init::Normal { std },
             decay: true,
-            tile_rows: None,
+            tile_rows: linear_panel_rows(out, inner),
         };
         [weight, vector(format!("{}.{name}.bias", self.prefix), out, Init::Zeros)]
     }

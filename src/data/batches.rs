@@ -7,12 +7,15 @@ use serde::{Deserialize, Serialize};
 use super::{Corpus, DataError};
 use crate::model::rng::philox;
 
+/// Stands for a target that is context only, such as a user's message.
+pub const NOT_LEARNT: u32 = u32::MAX;
+
 /// Tokens of one step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenBatch {
     /// `sequences * seq_len` tokens.
     pub input: Vec<u32>,
-    /// The token that follows each.
+    /// The token that follows each, or [`NOT_LEARNT`].
     pub target: Vec<u32>,
     /// Sequences.
     pub sequences: usize,
@@ -81,8 +84,10 @@ impl Batches {
             }
             let chosen = if self.shuffle { self.permute(self.index) } else { self.index };
             self.index += 1;
-            self.corpus.copy_tokens(chosen * self.seq_len as u64, &mut window);
+            let start = chosen * self.seq_len as u64;
+            self.corpus.copy_tokens(start, &mut window);
             batch.input.extend_from_slice(&window[..self.seq_len]);
+            self.corpus.mask_context(start + 1, &mut window[1..]);
             batch.target.extend_from_slice(&window[1..]);
         }
         batch
@@ -191,7 +196,7 @@ mod tests {
             ("a.txt", b"", "holds no text"),
             ("b.txt", b"abc\xff", "not UTF-8 at byte 3"),
             ("c.jsonl", b"{\"text\": \"a\"}\n{]", "line 2: not JSON"),
-            ("d.jsonl", b"{\"txt\": 1}", "line 1: no string field"),
+            ("d.jsonl", b"{\"txt\": 1}", "line 1: none of `messages`"),
             ("e.jsonl", b"\n\n", "holds no text"),
             ("missing/x", b"", "check data.path"),
         ];

@@ -1,7 +1,9 @@
 //! All documents as one stream of tokens.
 
+use std::ops::Range;
 use std::path::Path;
 
+use super::batches::NOT_LEARNT;
 use super::source::{self, Text};
 use super::{DataError, Tokenizer};
 
@@ -16,19 +18,27 @@ pub struct Corpus {
     tokens: Tokens,
     len: u64,
     fingerprint: u64,
+    /// Tokens that are read but not learnt, ascending and apart.
+    context: Vec<Range<u64>>,
 }
 
 impl Corpus {
     /// Opens `path` and, unless tokens are bytes, encodes it.
     pub fn open(path: &Path, tokenizer: &Tokenizer) -> Result<Self, DataError> {
         let texts = source::open(path)?;
-        let fingerprint = texts.iter().fold(0xCBF2_9CE4_8422_2325, |hash, text| digest(hash, text.bytes()));
+        // What is learnt tells corpora apart too, but plain text keeps the fingerprint it always had.
+        let fingerprint = texts.iter().fold(0xCBF2_9CE4_8422_2325, |hash, text| {
+            let hash = digest(hash, text.bytes());
+            if text.counts() { hash } else { digest(hash, b"context") }
+        });
+        let mut context = Vec::new();
         let (tokens, len) = match tokenizer {
             Tokenizer::Bytes => {
                 let mut start = 0;
                 let mut mapped = Vec::with_capacity(texts.len());
                 for text in texts {
                     let length = text.bytes().len() as u64;
+                    note_context(&mut context, &text, start..start + length);
                     mapped.push((start, text));
                     start += length;
                 }
@@ -37,7 +47,9 @@ impl Corpus {
             Tokenizer::HuggingFace(_) => {
                 let mut all = Vec::new();
                 for text in &texts {
+                    let start = all.len() as u64;
                     all.extend(tokenizer.encode(text.as_str())?);
+                    note_context(&mut context, text, start..all.len() as u64);
                 }
                 let len = all.len() as u64;
                 (Tokens::Encoded(all), len)
@@ -46,7 +58,7 @@ impl Corpus {
         if len == 0 {
             return Err(DataError::Empty(path.to_owned()));
         }
-        Ok(Corpus { tokens, len, fingerprint })
+        Ok(Corpus { tokens, len, fingerprint, context })
     }
 
     /// Tokens in all.
@@ -62,6 +74,16 @@ impl Corpus {
     /// Tells corpora apart, whatever their paths.
     pub fn fingerprint(&self) -> u64 {
         self.fingerprint
+    }
+
+    /// Marks what is not learnt in `targets`, the tokens from `start` on.
+    pub(super) fn mask_context(&self, start: u64, targets: &mut [u32]) {
+        let end = start + targets.len() as u64;
+        let first = self.context.partition_point(|range| range.end <= start);
+        for range in self.context[first..].iter().take_while(|range| range.start < end) {
+            let (from, to) = (range.start.max(start) - start, range.end.min(end) - start);
+            targets[from as usize..to as usize].fill(NOT_LEARNT);
+        }
     }
 
     /// Copies the tokens from `start` on, which must exist.
@@ -82,6 +104,12 @@ impl Corpus {
                 }
             }
         }
+    }
+}
+
+fn note_context(context: &mut Vec<Range<u64>>, text: &Text, range: Range<u64>) {
+    if !text.counts() && !range.is_empty() {
+        context.push(range);
     }
 }
 

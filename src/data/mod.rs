@@ -2,6 +2,7 @@
 
 mod batches;
 mod corpus;
+mod document;
 mod source;
 mod tokenizer;
 
@@ -9,7 +10,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-pub use batches::{Batches, DataPosition, TokenBatch};
+pub use batches::{Batches, DataPosition, NOT_LEARNT, TokenBatch};
 pub use corpus::Corpus;
 pub use tokenizer::Tokenizer;
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 
 use super::DataError;
+use super::document::Document;
 
 /// Bytes in which a NUL marks a file as binary.
 const SNIFF: usize = 8 << 10;
@@ -20,6 +21,8 @@ const SKIPPED: [&str; 4] = ["target", "runs", "node_modules", "__pycache__"];
 pub(super) enum Text {
     Mapped(Mmap),
     Owned(String),
+    /// Given to the model to read, but not to learn.
+    Context(String),
 }
 
 impl Text {
@@ -27,15 +30,20 @@ impl Text {
         match self {
             // Checked when it was opened.
             Text::Mapped(map) => std::str::from_utf8(map).unwrap_or(""),
-            Text::Owned(text) => text,
+            Text::Owned(text) | Text::Context(text) => text,
         }
     }
 
     pub fn bytes(&self) -> &[u8] {
         match self {
             Text::Mapped(map) => map,
-            Text::Owned(text) => text.as_bytes(),
+            Text::Owned(text) | Text::Context(text) => text.as_bytes(),
         }
+    }
+
+    /// Whether its tokens are targets.
+    pub fn counts(&self) -> bool {
+        !matches!(self, Text::Context(_))
     }
 }
 
@@ -128,11 +136,12 @@ fn open_jsonl(path: &Path) -> Result<Vec<Text>, DataError> {
                 line.len()
             )));
         }
-        let value: serde_json::Value = serde_json::from_slice(line)
-            .map_err(|error| wrong(format!("not JSON ({error}): fix or remove the line")))?;
-        let text = value.get("text").and_then(|text| text.as_str());
-        let text = text.ok_or_else(|| wrong("no string field `text`: every line needs one".into()))?;
-        texts.push(Text::Owned(text.to_owned()));
+        let document = Document::parse(line).map_err(wrong)?;
+        texts.extend(document.parts().into_iter().map(
+            |(text, counts)| {
+                if counts { Text::Owned(text) } else { Text::Context(text) }
+            },
+        ));
     }
     Ok(texts)
 }

@@ -4,10 +4,11 @@ use candle_core::{Device, Tensor};
 
 use super::engine::{Batch, MicroBatch};
 use crate::config::Config;
-use crate::data::{TokenBatch, Tokenizer};
+use crate::data::{NOT_LEARNT, TokenBatch, Tokenizer};
 use crate::error::Error;
 use crate::model::block::Block;
 use crate::model::gpt2::{self, Gpt2Config};
+use crate::model::ops::IGNORE_INDEX;
 
 /// The configured GPT-2 and its blocks. The vocabulary comes from the tokenizer where the configuration leaves it open.
 pub fn build(config: &mut Config, tokenizer: &Tokenizer) -> Result<(Gpt2Config, Vec<Box<dyn Block>>), Error> {
@@ -40,11 +41,14 @@ pub fn to_batch(tokens: &TokenBatch, micro_batches: usize) -> Result<Batch, Erro
         .map(|index| {
             let range = index * elements..(index + 1) * elements;
             let shape = (sequences, seq_len);
+            let target = |&token: &u32| if token == NOT_LEARNT { IGNORE_INDEX } else { i64::from(token) };
+            let targets: Vec<i64> = tokens.target[range.clone()].iter().map(target).collect();
             Ok(MicroBatch {
-                input: Tensor::from_slice(&tokens.input[range.clone()], shape, &Device::Cpu)?,
-                targets: Tensor::from_slice(&tokens.target[range], shape, &Device::Cpu)?,
+                input: Tensor::from_slice(&tokens.input[range], shape, &Device::Cpu)?,
+                targets: Tensor::from_slice(&targets, shape, &Device::Cpu)?,
             })
         })
         .collect::<Result<Vec<_>, Error>>()?;
-    Ok(Batch { micro, target_count: tokens.sequences * seq_len })
+    let target_count = tokens.target.iter().filter(|&&token| token != NOT_LEARNT).count();
+    Ok(Batch { micro, target_count })
 }

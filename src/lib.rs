@@ -17,6 +17,7 @@ pub mod data;
 pub mod error;
 pub mod model;
 pub mod plan;
+pub mod service;
 pub mod telemetry;
 pub mod train;
 

@@ -1,8 +1,10 @@
 //! The arguments of every command.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use patrickstar_actors::types::Bytes;
 
 /// Trains transformers larger than the device.
 #[derive(Debug, Parser)]
@@ -33,6 +35,11 @@ pub enum LogFormat {
 pub enum Command {
     /// Train a model.
     Train(TrainArgs),
+    /// Train models for others, over HTTP.
+    Serve(ServeArgs),
+    /// Train one job of a service.
+    #[command(hide = true)]
+    Worker,
     /// Say whether a job fits, before anything is allocated; exit code 3 if not.
     Plan(PlanArgs),
     /// Measure, or compare with references.
@@ -108,6 +115,35 @@ pub struct TrainArgs {
     /// Print JSON lines.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `serve`.
+#[derive(Debug, Args)]
+pub struct ServeArgs {
+    /// Configuration file (TOML) that all jobs begin with.
+    pub config: Option<PathBuf>,
+    /// Address to listen on; one that others can reach needs a token.
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
+    pub listen: SocketAddr,
+    /// Directory of the database, files and jobs.
+    #[arg(long, value_name = "DIR", default_value = "patrickstar-data")]
+    pub data: PathBuf,
+    /// Tokens that are accepted, a line each: read, write or admin, then sha256: and the token's hash. The variable
+    /// PATRICKSTAR_TOKEN holds one that may do everything.
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Name by which clients may call besides addresses and localhost; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    pub allowed_host: Vec<String>,
+    /// Largest file that is accepted.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub max_upload: Bytes,
+    /// Jobs that may wait.
+    #[arg(long, value_name = "JOBS", default_value_t = 1000)]
+    pub max_waiting: usize,
+    /// Times that a job is restarted without a new checkpoint before it fails.
+    #[arg(long, value_name = "TIMES", default_value_t = 5)]
+    pub max_restarts: u32,
 }
 
 /// Arguments of `plan`.

@@ -9,7 +9,9 @@ mod error;
 mod generate;
 pub mod output;
 mod plan;
+mod serve;
 mod train;
+mod worker;
 
 pub use args::{Cli, Command};
 pub use error::{CliError, DOES_NOT_FIT, ERROR};
@@ -35,6 +37,8 @@ pub fn main() -> ExitCode {
 pub fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Train(args) => train::run(args),
+        Command::Serve(args) => serve::run(args),
+        Command::Worker => worker::run(),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Generate(args) => generate::run(args),

@@ -77,6 +77,10 @@ pub trait Observer {
     fn before_step(&mut self, _engine: &Engine) -> Result<(), Error> {
         Ok(())
     }
+    /// The states after the last step are about to be saved: a run that goes on from them will not repeat its steps.
+    fn before_save(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
     /// The states after `step` are safe on disk.
     fn saved(&mut self, _step: Step, _path: &Path) {}
 }
@@ -285,6 +289,7 @@ impl Session {
         if self.saved == Some(self.engine.current_step()) {
             return Ok(());
         }
+        observer.before_save()?;
         let root = checkpoints_dir(&self.config.train.output);
         let meta = self.meta()?;
         self.saving = Some(self.engine.save(&root, self.config.checkpoint.keep, meta)?);

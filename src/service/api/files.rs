@@ -1,0 +1,88 @@
+//! Stored files: listed, read, deleted.
+
+use actix_web::body::SizedStream;
+use actix_web::web::Bytes;
+use actix_web::{HttpRequest, HttpResponse, web};
+use futures_util::stream::unfold;
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+use super::params::{Params, id};
+use super::{State, view};
+use crate::service::error::ServiceError;
+use crate::service::store::{FileId, FileRow};
+
+/// Bytes of a file that are in memory at once.
+const PIECE: usize = 64 << 10;
+
+pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ServiceError> {
+    let params = Params::of(&request)?;
+    let (after, limit) = (params.after::<FileId>()?, params.limit(10_000, 10_000)?);
+    let ascending = match params.get("order") {
+        None | Some("desc") => false,
+        Some("asc") => true,
+        Some(_) => return Err(ServiceError::invalid("order", "`order` must be asc or desc")),
+    };
+    let purpose = params.get("purpose").map(str::to_owned);
+    let find = move |store: &_| {
+        crate::service::store::Store::files(store, purpose.as_deref(), after.as_ref(), limit, ascending)
+    };
+    let page = state.store.read(find).await?;
+    Ok(HttpResponse::Ok().json(view::list(page.rows.iter().map(view::file).collect(), page.has_more)))
+}
+
+pub(super) async fn retrieve(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+    Ok(HttpResponse::Ok().json(view::file(&find(&state, &path).await?)))
+}
+
+pub(super) async fn delete(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+    let file = find(&state, &path).await?;
+    let wanted = file.id.clone();
+    let removed =
+        state.store.write(move |store| Ok(!store.file_in_use(&wanted)? && store.remove_file(&wanted)?)).await?;
+    if !removed {
+        return Err(ServiceError::Invalid {
+            message: format!("file {} is needed by a job that has not ended: cancel the job first", file.id),
+            param: None,
+            code: "file_in_use",
+        });
+    }
+    // What is left behind if this fails is removed at the next start.
+    if let Err(error) = tokio::fs::remove_file(content_path(&state, &file.id)).await {
+        tracing::warn!(file = %file.id, "the content of a deleted file is still there: {error}");
+    }
+    Ok(HttpResponse::Ok().json(json!({ "object": "file", "id": file.id, "deleted": true })))
+}
+
+pub(super) async fn content(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+    let row = find(&state, &path).await?;
+    let place = content_path(&state, &row.id);
+    let file = tokio::fs::File::open(&place).await.map_err(|error| ServiceError::io(&place, error))?;
+    let pieces = unfold(file, |mut file| async move {
+        let mut piece = vec![0; PIECE];
+        match file.read(&mut piece).await {
+            Ok(0) => None,
+            Ok(count) => {
+                piece.truncate(count);
+                Some((Ok::<_, actix_web::Error>(Bytes::from(piece)), file))
+            }
+            Err(error) => Some((Err(error.into()), file)),
+        }
+    });
+    // Never shown as a page, whatever is in it.
+    Ok(HttpResponse::Ok()
+        .content_type("application/octet-stream")
+        .insert_header(("content-disposition", "attachment"))
+        .insert_header(("x-content-type-options", "nosniff"))
+        .body(SizedStream::new(row.bytes, Box::pin(pieces))))
+}
+
+pub(super) fn content_path(state: &State, id: &FileId) -> std::path::PathBuf {
+    state.settings.files().join(format!("{id}.jsonl"))
+}
+
+async fn find(state: &State, text: &str) -> Result<FileRow, ServiceError> {
+    let wanted: FileId = id("file", text)?;
+    let found = state.store.read(move |store| store.file(&wanted)).await?;
+    found.ok_or_else(|| ServiceError::NotFound { what: "file", id: text.to_owned() })
+}

@@ -1,0 +1,106 @@
+//! What every request passes first: where it came from, and whose token it brings.
+//!
+//! A page in somebody's browser can send requests to this machine. Its requests carry the page's origin, and if it lured the
+//! browser here by a name of its own, that name as the host: both are refused, whatever the method.
+
+use std::net::IpAddr;
+
+use actix_web::body::{EitherBody, MessageBody};
+use actix_web::dev::{ServiceRequest, ServiceResponse};
+use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, ORIGIN};
+use actix_web::middleware::Next;
+use actix_web::{Error, HttpResponse, web};
+
+use super::error::envelope;
+use super::{ROUTES, State};
+use crate::service::error::ServiceError;
+use crate::service::settings::Settings;
+use crate::service::tokens::Scope;
+
+/// Refuses, or lets the request through and gives errors the shape that clients read.
+pub(super) async fn guard<B: MessageBody>(
+    request: ServiceRequest,
+    next: Next<B>,
+) -> Result<ServiceResponse<EitherBody<B>>, Error> {
+    check(&request)?;
+    let response = next.call(request).await?;
+    let status = response.status();
+    let is_json =
+        response.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if !(status.is_client_error() || status.is_server_error()) || is_json {
+        return Ok(response.map_into_left_body());
+    }
+    // The framework refused by itself, in plain text.
+    let reason = response.response().error().map(ToString::to_string);
+    let message = reason.unwrap_or_else(|| status.canonical_reason().unwrap_or("refused").to_lowercase());
+    let body = HttpResponse::build(status).json(envelope(status, &message, None, Some("bad_request")));
+    Ok(response.into_response(body).map_into_right_body())
+}
+
+fn check(request: &ServiceRequest) -> Result<(), ServiceError> {
+    let state = request.app_data::<web::Data<State>>();
+    let state = state.ok_or_else(|| ServiceError::Internal("the server has no state".into()))?;
+    let host = check_host(request.headers(), &state.settings)?;
+    check_origin(request.headers(), &host)?;
+    // What is not in the table is told so only to those who may look.
+    let pattern = request.match_pattern();
+    let route = ROUTES.iter().find(|route| Some(route.path) == pattern.as_deref() && route.method == request.method());
+    match route.map_or(Some(Scope::Read), |route| route.scope) {
+        None => Ok(()),
+        Some(needed) => check_token(request.headers(), &state.settings, needed),
+    }
+}
+
+fn text<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, ServiceError> {
+    let mut values = headers.get_all(name);
+    let first = values.next();
+    if values.next().is_some() {
+        return Err(ServiceError::Origin(format!("more than one header {name}: send one")));
+    }
+    let readable = first.map(|value| value.to_str()).transpose();
+    readable.map_err(|_| ServiceError::Origin(format!("the header {name} is not text")))
+}
+
+fn check_host(headers: &HeaderMap, settings: &Settings) -> Result<String, ServiceError> {
+    let host = text(headers, &HOST)?.ok_or_else(|| ServiceError::Origin("the header host is missing".into()))?;
+    let name = without_port(host);
+    // No name server had a part in an address.
+    let is_address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
+    let allowed = |known: &String| known.eq_ignore_ascii_case(name);
+    if is_address || name.eq_ignore_ascii_case("localhost") || settings.allowed_hosts.iter().any(allowed) {
+        return Ok(host.to_owned());
+    }
+    let name: String = name.chars().take(100).collect();
+    Err(ServiceError::Origin(format!("the host name `{name}` is not allowed: start with --allowed-host {name}")))
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    }
+}
+
+fn check_origin(headers: &HeaderMap, host: &str) -> Result<(), ServiceError> {
+    let refused = || ServiceError::Origin("requests from pages of other origins are not allowed".into());
+    if let Some(origin) = text(headers, &ORIGIN)? {
+        let authority = origin.strip_prefix("http://").or_else(|| origin.strip_prefix("https://"));
+        if !authority.is_some_and(|authority| authority.eq_ignore_ascii_case(host)) {
+            return Err(refused());
+        }
+    }
+    // Browsers send no origin with some requests, but say where those come from.
+    let site = text(headers, &HeaderName::from_static("sec-fetch-site"))?;
+    if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) { Err(refused()) } else { Ok(()) }
+}
+
+fn check_token(headers: &HeaderMap, settings: &Settings, needed: Scope) -> Result<(), ServiceError> {
+    if settings.tokens.is_empty() {
+        // Only on loopback: `Settings::check` refuses to start otherwise.
+        return Ok(());
+    }
+    let header = text(headers, &AUTHORIZATION).map_err(|_| ServiceError::Unauthorized)?;
+    let token = header.and_then(|header| header.strip_prefix("Bearer ")).ok_or(ServiceError::Unauthorized)?;
+    let scope = settings.tokens.scope(token.trim()).ok_or(ServiceError::Unauthorized)?;
+    if scope >= needed { Ok(()) } else { Err(ServiceError::Forbidden(needed.name())) }
+}

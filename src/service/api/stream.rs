@@ -1,0 +1,111 @@
+//! A job's events as they happen, as server-sent events.
+//!
+//! An event goes out only after it is stored, under its place in the database. A client that comes back with that place in
+//! `Last-Event-ID` gets what it missed: no event is lost, none comes twice.
+
+use std::time::Duration;
+
+use actix_web::http::header::{CACHE_CONTROL, HeaderName};
+use actix_web::web::Bytes;
+use actix_web::{HttpRequest, HttpResponse, web};
+use futures_util::stream::unfold;
+use tokio::sync::watch;
+
+use super::{State, jobs, view};
+use crate::service::error::ServiceError;
+use crate::service::store::{JobId, Seq, StoreHandle};
+
+/// Events that are sent together.
+const TOGETHER: usize = 200;
+/// A line now and then tells proxies that the stream lives.
+const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Many small changes become one read.
+const PAUSE: Duration = Duration::from_millis(100);
+
+pub(super) async fn stream(
+    state: web::Data<State>,
+    path: web::Path<String>,
+    request: HttpRequest,
+) -> Result<HttpResponse, ServiceError> {
+    let job = jobs::find(&state, &path).await?;
+    let last = match request.headers().get("last-event-id") {
+        None => Seq(0),
+        Some(value) => {
+            let number = value.to_str().ok().and_then(|text| text.parse().ok()).filter(|number| *number >= 0);
+            let message = "`Last-Event-ID` must be the id of an event of this stream";
+            Seq(number.ok_or_else(|| ServiceError::invalid("Last-Event-ID", message))?)
+        }
+    };
+    let follower = Follower {
+        store: state.store.clone(),
+        changes: state.store.watch(),
+        stopping: state.stopping.clone(),
+        job: job.id,
+        last,
+        ended: false,
+    };
+    Ok(HttpResponse::Ok()
+        .content_type("text/event-stream")
+        .insert_header((CACHE_CONTROL, "no-store"))
+        .insert_header((HeaderName::from_static("x-accel-buffering"), "no"))
+        .streaming(unfold(follower, next)))
+}
+
+struct Follower {
+    store: StoreHandle,
+    changes: watch::Receiver<u64>,
+    stopping: watch::Receiver<bool>,
+    job: JobId,
+    last: Seq,
+    ended: bool,
+}
+
+async fn next(mut follower: Follower) -> Option<(Result<Bytes, ServiceError>, Follower)> {
+    loop {
+        if follower.ended || *follower.stopping.borrow() {
+            return None;
+        }
+        // Marked before reading, so that what is stored while reading wakes us again.
+        follower.changes.borrow_and_update();
+        match follower.read().await {
+            Ok(Some(text)) => return Some((Ok(text.into()), follower)),
+            Ok(None) => {}
+            Err(error) => {
+                follower.ended = true;
+                return Some((Err(error), follower));
+            }
+        }
+        let woken = tokio::select! {
+            woken = follower.changes.changed() => woken.is_ok(),
+            stopping = follower.stopping.changed() => stopping.is_ok(),
+            () = tokio::time::sleep(KEEP_ALIVE) => {
+                return Some((Ok(Bytes::from_static(b": waiting\n\n")), follower));
+            }
+        };
+        if !woken {
+            return None;
+        }
+        tokio::time::sleep(PAUSE).await;
+    }
+}
+
+impl Follower {
+    /// What came since the last time; the job's end, once there is nothing else.
+    async fn read(&mut self) -> Result<Option<String>, ServiceError> {
+        let (id, last) = (self.job.clone(), self.last);
+        let (job, events) =
+            self.store.read(move |store| Ok((store.job(&id)?, store.events_since(&id, last, TOGETHER)?))).await?;
+        let Some(newest) = events.last() else {
+            let ended = job.filter(|job| job.status.is_final());
+            self.ended = ended.is_some();
+            return Ok(ended.map(|job| format!("event: end\ndata: {}\n\n", view::job(&job))));
+        };
+        self.last = newest.seq;
+        let line = |event| {
+            let value = view::event(event);
+            let kind = value["type"].as_str().unwrap_or("message").to_owned();
+            format!("id: {}\nevent: {kind}\ndata: {value}\n\n", event.seq.0)
+        };
+        Ok(Some(events.iter().map(line).collect()))
+    }
+}

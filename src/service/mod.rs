@@ -1,0 +1,25 @@
+//! Training as a long-lived service: an HTTP interface, a database, and workers that are separate processes.
+//!
+//! A worker may run out of memory, lose its device or be killed; this process goes on, and so does the job from its last
+//! checkpoint. This process may be killed too: what it has answered is in the database, and a new one goes on from there.
+//!
+//! # Layout
+//! - [`store`]: what must not be forgotten.
+//! - [`worker`]: the process that trains one job, and the words it exchanges with the service.
+//! - [`supervisor`]: which job trains when.
+//! - `api`: the HTTP interface; `request` and `presets` make a client's wishes into a configuration.
+//! - [`tokens`], [`settings`]: who may do what, and how much of it.
+//! - `serve`: start and end of it all.
+
+mod api;
+pub mod error;
+mod presets;
+mod request;
+mod serve;
+pub mod settings;
+pub mod store;
+pub mod supervisor;
+pub mod tokens;
+pub mod worker;
+
+pub use serve::serve;

@@ -1,0 +1,117 @@
+//! Start and end of the service.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+
+use super::api::{self, State};
+use super::error::ServiceError;
+use super::settings::Settings;
+use super::store::{FileId, StoreHandle};
+use super::supervisor::Supervisor;
+
+/// How long workers may take to save their checkpoints when the service ends; afterwards they end with it.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Exit code of a process that SIGTERM ended, by convention.
+const TERMINATED: i32 = 143;
+
+/// Runs the service until a signal ends it. `ready` is told the address as soon as requests are answered.
+pub fn serve(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), ServiceError> {
+    settings.check()?;
+    let files = settings.files();
+    std::fs::create_dir_all(&files).map_err(|error| ServiceError::io(&files, error))?;
+    let _lock = lock(&settings.data)?;
+    actix_web::rt::System::new().block_on(run(settings, ready))
+}
+
+/// Two services on one database would both train every job.
+fn lock(data: &Path) -> Result<std::fs::File, ServiceError> {
+    let path = data.join("lock");
+    let file = std::fs::File::create(&path).map_err(|error| ServiceError::io(&path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(std::fs::TryLockError::Error(error)) => Err(ServiceError::io(&path, error)),
+        Err(std::fs::TryLockError::WouldBlock) => {
+            let message = format!("another service uses {}: end it, or give another --data", data.display());
+            Err(ServiceError::Setup(message))
+        }
+    }
+}
+
+async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), ServiceError> {
+    let settings = Arc::new(settings);
+    let signals = Signals::new()?;
+    let store = StoreHandle::open(&settings.data.join("store.sqlite"))?;
+    remove_strays(&settings.files(), &store).await?;
+    let (stop, stopping) = watch::channel(false);
+    let (supervisor, handle) = Supervisor::new(Arc::clone(&settings), store.clone());
+    let mut supervising = tokio::spawn(supervisor.run());
+    let (server, address) = api::server(State { settings, store, supervisor: handle.clone(), stopping })?;
+    let control = server.handle();
+    let mut serving = actix_web::rt::spawn(server);
+    ready(address);
+    let mut signals = signals;
+    tokio::select! {
+        () = signals.next() => {}
+        // Without a supervisor jobs would wait for ever: better to end, and to be started again.
+        ended = &mut supervising => return Err(ServiceError::Internal(format!("the supervisor ended: {ended:?}"))),
+        ended = &mut serving => return Err(ServiceError::Internal(format!("the server ended: {ended:?}"))),
+    }
+    tracing::info!("stopping: no new jobs, workers save their checkpoints");
+    stop.send_replace(true);
+    let leave = async {
+        if tokio::time::timeout(PATIENCE, handle.stop()).await.is_err() {
+            tracing::warn!("workers did not leave in time: their jobs go on from older checkpoints");
+        }
+        control.stop(true).await;
+    };
+    unless_told_again(leave, &mut signals).await;
+    Ok(())
+}
+
+async fn unless_told_again(leave: impl Future<Output = ()>, signals: &mut Signals) {
+    tokio::select! {
+        () = leave => {}
+        () = signals.next() => std::process::exit(TERMINATED),
+    }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, ServiceError> {
+        let listen =
+            |kind| signal(kind).map_err(|error| ServiceError::Setup(format!("signals cannot be handled: {error}")));
+        Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+/// Removes what a kill left behind: content whose upload was never answered, or whose file was deleted.
+async fn remove_strays(files: &Path, store: &StoreHandle) -> Result<(), ServiceError> {
+    let failed = |error| ServiceError::io(files, error);
+    for entry in std::fs::read_dir(files).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<FileId>().ok());
+        // Whatever has another form of name was put here by somebody else.
+        let Some(id) = id else { continue };
+        if store.read(move |store| store.file(&id)).await?.is_none() {
+            std::fs::remove_file(&path).map_err(failed)?;
+        }
+    }
+    Ok(())
+}

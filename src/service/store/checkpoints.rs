@@ -1,0 +1,88 @@
+//! Checkpoints that a job has saved.
+
+use rusqlite::{Connection, Row};
+
+use super::{CheckpointId, JobId, Page, Seq, Store, StoreError, UnixTime, cursor};
+
+/// A stored checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointRow {
+    /// Position.
+    pub seq: Seq,
+    /// Name.
+    pub id: CheckpointId,
+    /// When it was stored.
+    pub created_at: UnixTime,
+    /// Steps done.
+    pub step: u64,
+    /// Where it is.
+    pub directory: String,
+    /// Loss of its last step.
+    pub train_loss: Option<f64>,
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<CheckpointRow> {
+    Ok(CheckpointRow {
+        seq: row.get("seq")?,
+        id: row.get("id")?,
+        created_at: row.get("created_at")?,
+        step: row.get::<_, i64>("step")? as u64,
+        directory: row.get("directory")?,
+        train_loss: row.get("train_loss")?,
+    })
+}
+
+/// Stores a checkpoint and says whether it is new: one that a resumed run reports or saves again keeps its name.
+pub(super) fn insert(
+    connection: &Connection,
+    job: &JobId,
+    id: &CheckpointId,
+    step: u64,
+    directory: &str,
+    loss: Option<f64>,
+) -> Result<bool, StoreError> {
+    let known = connection.execute(
+        "UPDATE checkpoints SET directory = ?3, removed = 0 WHERE job = ?1 AND step = ?2",
+        (job, step as i64, directory),
+    )?;
+    if known > 0 {
+        return Ok(false);
+    }
+    connection.execute(
+        "INSERT INTO checkpoints (id, job, created_at, step, directory, train_loss) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        (id, job, UnixTime::now(), step as i64, directory, loss),
+    )?;
+    Ok(true)
+}
+
+impl Store {
+    /// Checkpoints of a job that still exist, newest first.
+    pub fn checkpoints(
+        &self,
+        job: &JobId,
+        after: Option<&CheckpointId>,
+        limit: usize,
+    ) -> Result<Page<CheckpointRow>, StoreError> {
+        let before = match after {
+            Some(id) => {
+                let sql = "SELECT step FROM checkpoints WHERE job = ?1 AND id = ?2";
+                cursor(&self.connection, "checkpoint", sql, (job, id), id.as_str())?.0
+            }
+            None => i64::MAX,
+        };
+        let sql = "SELECT * FROM checkpoints WHERE job = ?1 AND step < ?2 AND NOT removed ORDER BY step DESC LIMIT ?3";
+        let mut statement = self.connection.prepare(sql)?;
+        let rows = statement.query_map((job, before, limit as i64 + 1), read)?;
+        Ok(Page::cut(rows.collect::<Result<_, _>>()?, limit))
+    }
+
+    /// Marks checkpoints whose directories training has removed.
+    pub fn forget_checkpoints(&mut self, ids: &[CheckpointId]) -> Result<(), StoreError> {
+        self.transaction(|transaction| {
+            for id in ids {
+                transaction.execute("UPDATE checkpoints SET removed = 1 WHERE id = ?1", [id])?;
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,227 @@
+//! One worker process: started, followed until it has ended, its reports stored as they come.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::config::Config;
+use crate::service::error::ServiceError;
+use crate::service::store::{JobId, NewEvent, Report, StoreHandle};
+use crate::service::tokens::TOKEN_VARIABLE;
+use crate::service::worker::protocol::{FromWorker, StepMetrics, ToWorker};
+
+/// How long a worker may take to leave when it was told to leave at once, or has said its last word.
+const LEAVE: Duration = Duration::from_secs(10);
+/// Reports that are stored together when they come faster than the disk syncs.
+const TOGETHER: usize = 256;
+/// Tries to store a report, a second apart, before the worker is given up: a full disk may be emptied.
+const STORE_TRIES: u32 = 60;
+
+/// How a worker ended.
+#[derive(Debug)]
+pub(super) struct Ending {
+    /// Its job.
+    pub job: JobId,
+    /// Its last word, if it had one.
+    pub word: Option<FromWorker>,
+    /// What a death looked like.
+    pub death: String,
+}
+
+/// A started worker.
+pub(super) struct Worker {
+    job: JobId,
+    child: Child,
+    from: Lines<BufReader<OwnedReadHalf>>,
+    to: OwnedWriteHalf,
+    log: PathBuf,
+    log_every: u64,
+    store: StoreHandle,
+}
+
+impl Worker {
+    /// Starts a worker of this program on the job in `directory`.
+    pub async fn start(job: JobId, config: Config, directory: &Path, store: StoreHandle) -> Result<Self, ServiceError> {
+        std::fs::create_dir_all(directory).map_err(|error| ServiceError::io(directory, error))?;
+        let log = directory.join("worker.log");
+        let log_file = std::fs::File::create(&log).map_err(|error| ServiceError::io(&log, error))?;
+        let program = std::env::current_exe().map_err(|error| ServiceError::io("the program itself", error))?;
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair()
+            .and_then(|(ours, theirs)| ours.set_nonblocking(true).map(|()| (ours, theirs)))
+            .map_err(|error| ServiceError::io("a socket for the worker", error))?;
+        let child = Command::new(&program)
+            .arg("worker")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::from(log_file))
+            // Ctrl-C in a terminal is for the service, which then tells its workers.
+            .process_group(0)
+            .env_remove(TOKEN_VARIABLE)
+            .spawn()
+            .map_err(|error| ServiceError::io(&program, error))?;
+        let socket = UnixStream::from_std(ours).map_err(|error| ServiceError::io("a socket for the worker", error))?;
+        let (from, to) = socket.into_split();
+        let log_every = config.train.log_every.max(1);
+        let mut worker = Worker { job, child, from: BufReader::new(from).lines(), to, log, log_every, store };
+        worker.tell(&ToWorker::Start { config: Box::new(config) }).await;
+        Ok(worker)
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id().unwrap_or(0)
+    }
+
+    /// Follows the worker to its end, passing on what `orders` says.
+    pub async fn follow(mut self, mut orders: mpsc::UnboundedReceiver<ToWorker>) -> Ending {
+        let mut word = None;
+        let mut leave_by: Option<Instant> = None;
+        loop {
+            let deadline = async { tokio::time::sleep_until(leave_by.unwrap_or_else(Instant::now)).await };
+            tokio::select! {
+                lines = next_lines(&mut self.from) => {
+                    if lines.is_empty() {
+                        break;
+                    }
+                    let messages: Vec<FromWorker> = lines.iter().filter_map(|line| parse(line)).collect();
+                    if messages.last().is_some_and(FromWorker::is_last) {
+                        word = messages.last().cloned();
+                        leave_by = Some(Instant::now() + LEAVE);
+                    }
+                    self.take(&messages).await;
+                }
+                Some(order) = orders.recv() => {
+                    if matches!(order, ToWorker::Cancel) {
+                        leave_by = Some(Instant::now() + LEAVE);
+                    }
+                    self.tell(&order).await;
+                }
+                () = deadline, if leave_by.is_some() => {
+                    self.kill();
+                    leave_by = None;
+                }
+            }
+        }
+        let status = match tokio::time::timeout(LEAVE, self.child.wait()).await {
+            Ok(status) => status,
+            Err(_) => {
+                self.kill();
+                self.child.wait().await
+            }
+        };
+        let death = death(status, &self.log);
+        Ending { job: self.job, word, death }
+    }
+
+    async fn tell(&mut self, message: &ToWorker) {
+        match serde_json::to_string(message) {
+            // A worker that is gone is noticed where its lines end.
+            Ok(line) => drop(self.to.write_all(format!("{line}\n").as_bytes()).await),
+            Err(error) => tracing::error!("a message to a worker cannot be written as JSON: {error}"),
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
+            tracing::error!(job = %self.job, "the worker cannot be killed: {error}");
+        }
+    }
+
+    /// Stores what the worker said and tells it so. A worker that cannot be heard for too long is ended.
+    async fn take(&mut self, messages: &[FromWorker]) {
+        let report = report(messages, self.log_every);
+        for _ in 0..STORE_TRIES {
+            let (job, stored) = (self.job.clone(), report.clone());
+            match self.store.write(move |store| store.store_report(&job, &stored)).await {
+                Ok(()) => {
+                    if let Some((step, _)) = report.progress {
+                        self.tell(&ToWorker::Stored { step }).await;
+                    }
+                    return;
+                }
+                Err(error) => tracing::error!(job = %self.job, "a report is not stored yet: {error}"),
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        self.kill();
+    }
+}
+
+/// The next line and those that are there already; none at the end.
+async fn next_lines(from: &mut Lines<BufReader<OwnedReadHalf>>) -> Vec<String> {
+    // A line that is not UTF-8, or a socket that fails, is as much the end as the end itself.
+    let Ok(Some(first)) = from.next_line().await else { return Vec::new() };
+    let mut lines = vec![first];
+    while lines.len() < TOGETHER && from.get_ref().buffer().contains(&b'\n') {
+        let Ok(Some(line)) = from.next_line().await else { break };
+        lines.push(line);
+    }
+    lines
+}
+
+fn parse(line: &str) -> Option<FromWorker> {
+    match serde_json::from_str(line) {
+        Ok(message) => Some(message),
+        Err(error) => {
+            tracing::warn!("a worker sent a line that this program does not know: {error}");
+            None
+        }
+    }
+}
+
+fn report(messages: &[FromWorker], log_every: u64) -> Report {
+    let mut report = Report::default();
+    for message in messages {
+        match message {
+            FromWorker::Started { step, parameters, plan } => {
+                let from = if *step == 0 { "from the start".to_owned() } else { format!("after step {step}") };
+                report.events.push(NewEvent::info(format!("Training {parameters} parameters {from}: {plan}")));
+            }
+            FromWorker::Step(metrics) => {
+                report.progress = Some((metrics.step, metrics.trained_tokens));
+                let shown = metrics.step == 1 || metrics.step == metrics.total_steps;
+                if shown || metrics.step.is_multiple_of(log_every) {
+                    report.events.push(step_event(metrics));
+                }
+            }
+            FromWorker::Checkpoint { step, directory, train_loss } => {
+                report.checkpoints.push((*step, directory.clone(), *train_loss));
+            }
+            FromWorker::Log { message } => report.events.push(NewEvent::info(message.clone())),
+            FromWorker::Paused { step } => {
+                report.events.push(NewEvent::info(format!("The worker left after step {step}, with a checkpoint")));
+            }
+            // What these mean for the job is decided by the supervisor.
+            FromWorker::Finished { .. } | FromWorker::Failed { .. } => {}
+        }
+    }
+    report
+}
+
+fn step_event(metrics: &StepMetrics) -> NewEvent {
+    let message = format!("Step {}/{}: training loss={:.4}", metrics.step, metrics.total_steps, metrics.train_loss);
+    NewEvent::metrics(metrics.step, message, json!(metrics))
+}
+
+/// A death in words, with the last line that the worker logged.
+fn death(status: std::io::Result<ExitStatus>, log: &Path) -> String {
+    let mut text = match status {
+        Ok(status) => format!("the worker ended with {status}"),
+        Err(error) => format!("the worker's end is unknown: {error}"),
+    };
+    let last = std::fs::read_to_string(log).ok();
+    if let Some(line) = last.as_deref().and_then(|log| log.lines().rev().find(|line| !line.trim().is_empty())) {
+        text.push_str(": ");
+        text.extend(line.chars().take(500));
+    }
+    text
+}

@@ -1,0 +1,146 @@
+//! The process that trains one job: `patrickstar worker`, started by the service and by nobody else.
+//!
+//! Its standard input is a socket to the service ([`protocol`]). When the service is gone the socket ends, and so does the
+//! worker: a checkpoint holds only steps that the service has stored, and there is nobody left to store more. Until it has
+//! ended it holds a lock on the job's directory, so that the worker of a restarted service waits instead of writing beside it.
+
+mod observer;
+pub mod protocol;
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use self::observer::Reporter;
+use self::protocol::{FromWorker, Policies, ToWorker};
+use crate::config::Config;
+use crate::error::Error;
+use crate::train::session::{Session, Start, Summary};
+
+/// How long a worker waits for the one before it, which may be writing a large checkpoint.
+const LOCK_PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why a worker cannot even begin.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    /// There is no socket.
+    #[error("standard input is not a socket of the service ({0}): workers are started by `patrickstar serve`")]
+    NoService(std::io::Error),
+    /// The first line is not a job.
+    #[error("the service sent no job: {0}")]
+    NoJob(String),
+    /// Signals cannot be caught.
+    #[error("signals cannot be handled: {0}")]
+    Signals(std::io::Error),
+}
+
+/// Trains the job that the service sends; whatever becomes of it is reported there.
+pub fn run() -> Result<(), WorkerError> {
+    let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(WorkerError::NoService)?);
+    let mut lines = BufReader::new(socket.try_clone().map_err(WorkerError::NoService)?).lines();
+    let first = lines.next().ok_or_else(|| WorkerError::NoJob("it has gone".into()))?;
+    let first = first.map_err(WorkerError::NoService)?;
+    let config = match serde_json::from_str(&first) {
+        Ok(ToWorker::Start { config }) => *config,
+        Ok(other) => return Err(WorkerError::NoJob(format!("but {other:?}"))),
+        Err(error) => return Err(WorkerError::NoJob(error.to_string())),
+    };
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(WorkerError::Signals)?;
+    }
+    let (retune, retunes) = flume::unbounded();
+    let (store, stored) = flume::unbounded();
+    let heard = Arc::clone(&stop);
+    std::thread::spawn(move || listen(lines, &heard, &retune, &store));
+    let mut reporter = Reporter::new(Lines(socket), &config, retunes, stored);
+    let last = match train(config, &stop, &mut reporter) {
+        Ok(summary) if summary.interrupted => FromWorker::Paused { step: summary.steps },
+        Ok(summary) => FromWorker::Finished { step: summary.steps },
+        Err(error) => failure(&error),
+    };
+    reporter.send(&last);
+    Ok(())
+}
+
+fn train(config: Config, stop: &AtomicBool, reporter: &mut Reporter) -> Result<Summary, Error> {
+    let output = config.train.output.clone();
+    std::fs::create_dir_all(&output).map_err(|error| Error::io(&output, error))?;
+    // Held until the process ends.
+    let _lock = lock(&output.join("lock"))?;
+    let session = Session::open(config, &Start::Latest, reporter)?;
+    reporter.started(&session);
+    session.run(stop, reporter)
+}
+
+fn lock(path: &Path) -> Result<File, Error> {
+    let file = File::create(path).map_err(|error| Error::io(path, error))?;
+    let began = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(std::fs::TryLockError::Error(error)) => return Err(Error::io(path, error)),
+            Err(std::fs::TryLockError::WouldBlock) if began.elapsed() > LOCK_PATIENCE => {
+                let held = std::io::Error::new(ErrorKind::TimedOut, "another worker of this job still runs: end it");
+                return Err(Error::io(path, held));
+            }
+            Err(std::fs::TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+/// Follows the service, and ends the process when it is gone or says so.
+fn listen(
+    lines: impl Iterator<Item = std::io::Result<String>>,
+    stop: &AtomicBool,
+    retune: &flume::Sender<Policies>,
+    store: &flume::Sender<u64>,
+) {
+    for line in lines.map_while(Result::ok) {
+        match serde_json::from_str(&line) {
+            Ok(ToWorker::Pause) => stop.store(true, Ordering::Relaxed),
+            Ok(ToWorker::Cancel) => break,
+            // The training may have ended meanwhile.
+            Ok(ToWorker::Retune(policies)) => drop(retune.send(policies)),
+            Ok(ToWorker::Stored { step }) => drop(store.send(step)),
+            Ok(ToWorker::Start { .. }) => tracing::warn!("a worker trains one job: another one is ignored"),
+            Err(error) => tracing::warn!("the service sent a line that this program does not know: {error}"),
+        }
+    }
+    // Checkpoints are whole at every instant, so this may be any.
+    std::process::exit(0)
+}
+
+/// The way back to the service.
+struct Lines(UnixStream);
+
+impl Lines {
+    /// A service that is gone is noticed by [`listen`]; what it missed is told by checkpoints.
+    fn send(&mut self, message: &FromWorker) {
+        match serde_json::to_string(message) {
+            Ok(line) => drop(self.0.write_all(format!("{line}\n").as_bytes())),
+            Err(error) => tracing::error!("a report cannot be written as JSON: {error}"),
+        }
+    }
+}
+
+/// What a caller caused fails the same way again; what the machine caused may not.
+fn failure(error: &Error) -> FromWorker {
+    let (code, retry) = match error {
+        Error::Config(_) | Error::Layout(_) | Error::Model(_) => ("invalid_configuration", false),
+        Error::Data(_) => ("invalid_training_file", false),
+        Error::DoesNotFit(_) => ("insufficient_memory", false),
+        Error::Failed(_) => ("training_failed", false),
+        Error::Checkpoint(_) => ("checkpoint_failed", true),
+        Error::Runtime(_) | Error::Compute(_) => ("runtime_failed", true),
+        Error::Io { .. } => ("io_failed", true),
+    };
+    FromWorker::Failed { code: code.to_owned(), message: error.to_string(), retry }
+}

@@ -1,0 +1,122 @@
+//! What the service and a worker say to each other: one JSON object a line, over a socket that only the two hold.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Policy};
+
+/// From the service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ToWorker {
+    /// The first line: what to train, from its newest checkpoint on.
+    Start {
+        /// The job's configuration.
+        config: Box<Config>,
+    },
+    /// Finish the step, save a checkpoint, leave.
+    Pause,
+    /// Leave at once: what is on disk is whole at every instant.
+    Cancel,
+    /// What was reported up to this step is stored.
+    Stored {
+        /// Of the newest report.
+        step: u64,
+    },
+    /// Use other policies from the next step on.
+    Retune(Policies),
+}
+
+/// Policies that may change while a job runs; what is absent stays. The bits of the training do not depend on them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Policies {
+    /// Which chunk leaves a full tier.
+    pub policy: Option<Policy>,
+    /// Moments that are fetched ahead.
+    pub prefetch: Option<u32>,
+    /// Bytes of device memory.
+    pub device: Option<u64>,
+}
+
+/// From a worker. The last three end it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum FromWorker {
+    /// The model is set up.
+    Started {
+        /// Steps that are done already.
+        step: u64,
+        /// Parameters.
+        parameters: u64,
+        /// The plan in one line.
+        plan: String,
+    },
+    /// A step is done.
+    Step(StepMetrics),
+    /// A checkpoint is safe on disk.
+    Checkpoint {
+        /// Steps done.
+        step: u64,
+        /// Its directory.
+        directory: String,
+        /// Loss of the step.
+        train_loss: Option<f64>,
+    },
+    /// Something worth a line.
+    Log {
+        /// The line.
+        message: String,
+    },
+    /// Left as asked, with a checkpoint.
+    Paused {
+        /// Steps done.
+        step: u64,
+    },
+    /// All steps are done.
+    Finished {
+        /// Steps done.
+        step: u64,
+    },
+    /// Could not go on.
+    Failed {
+        /// For programs.
+        code: String,
+        /// For people.
+        message: String,
+        /// Whether it may go better from the last checkpoint.
+        retry: bool,
+    },
+}
+
+impl FromWorker {
+    /// Whether nothing follows it.
+    pub fn is_last(&self) -> bool {
+        matches!(self, FromWorker::Paused { .. } | FromWorker::Finished { .. } | FromWorker::Failed { .. })
+    }
+}
+
+/// The numbers of a step. JSON has no infinity, so what may overflow may be absent.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepMetrics {
+    /// From 1.
+    pub step: u64,
+    /// Steps of the whole job.
+    pub total_steps: u64,
+    /// Mean loss of the batch.
+    pub train_loss: f64,
+    /// Learning rate.
+    pub learning_rate: f64,
+    /// Before it was clipped.
+    pub gradient_norm: Option<f64>,
+    /// Tokens a second.
+    pub tokens_per_second: Option<f64>,
+    /// Tokens up to this step.
+    pub trained_tokens: u64,
+    /// Share of the step that the compute thread waited.
+    pub stall_ratio: f64,
+    /// Bytes in use on the device.
+    pub device_bytes: u64,
+    /// Bytes in use in host memory.
+    pub host_bytes: u64,
+    /// Chunks that moved between tiers since the start.
+    pub chunk_moves: u64,
+}

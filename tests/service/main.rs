@@ -1,0 +1,12 @@
+//! The service from outside: the real program on a free port, with real workers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+#![allow(clippy::print_stdout)] // the test runner shows what a service said, if the test fails
+
+mod client;
+mod crash;
+mod jobs;
+mod layers;
+mod refusals;
+mod shutdown;
+mod worker;

@@ -1,12 +1,8 @@
 //! The handle that a model uses: begin a step, access chunks, release them, end the step.
 
-#![expect(unsafe_code, reason = "fills leased chunks by address")]
-
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
-
-use serde::Serialize;
 
 use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
@@ -22,6 +18,7 @@ use crate::schedule::{StaticSet, Trace, TraceRecorder};
 use crate::shared::{EvictionPolicy, Lease, Plan, Shared, StepLedger};
 use crate::split::Splitter;
 use crate::stats::{StallCause, Stats, TierUse};
+pub use crate::step::{StepStart, StepStats};
 use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
 use crate::table::{Access, Requester, Table};
 use crate::timeline::{ResidencySnapshot, Timeline, Track};
@@ -65,7 +62,7 @@ pub struct RuntimeConfig {
 /// The chunk runtime. One thread, the compute thread, drives it.
 pub struct Runtime {
     system: ActorSystem,
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     probe: Arc<dyn MemoryProbe>,
     non_model: Arc<NonModel>,
     /// Backward uses of each group in a step.
@@ -77,26 +74,6 @@ pub struct Runtime {
     sides: Vec<Side>,
     device: Bytes,
     device_peak: Bytes,
-}
-
-/// What a step is done with.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepStart {
-    /// Which.
-    pub step: Step,
-    /// The update that it makes, counted without steps whose gradients overflowed: what Adam's corrections depend on.
-    pub update: Step,
-    /// Learning rate.
-    pub lr: f64,
-    /// Gradients are those of the loss times this, a power of two; 1 where the precision needs none.
-    pub loss_scale: f32,
-}
-
-impl StepStart {
-    /// A step of an unscaled loss.
-    pub fn new(step: Step, lr: f64) -> Self {
-        StepStart { step, update: step, lr, loss_scale: 1.0 }
-    }
 }
 
 impl Drop for Runtime {
@@ -111,27 +88,6 @@ struct StepState {
     moment: u32,
     began: Instant,
     before: Stats,
-}
-
-/// What a step cost.
-#[derive(Clone, Debug, Serialize)]
-pub struct StepStats {
-    /// Which step.
-    pub step: Step,
-    /// Wall time from begin to end.
-    pub elapsed: Duration,
-    /// Global norm of the gradient before clipping.
-    pub gradient_norm: f64,
-    /// Gradients of the scaled loss overflowed: nothing was updated.
-    pub overflow: bool,
-    /// Counters of this step.
-    pub stats: Stats,
-    /// Device memory: chunks and budget.
-    pub device: TierUse,
-    /// Host memory.
-    pub host: TierUse,
-    /// Highest non-model memory seen so far.
-    pub non_model_peak: Bytes,
 }
 
 impl Runtime {
@@ -245,41 +201,6 @@ impl Runtime {
     /// Where tensors lie.
     pub fn layout(&self) -> &Layout {
         &self.shared.layout
-    }
-
-    /// Fills chunks of one group before training: `fill` gets their bytes, zeroed. They end up where the group is stepped.
-    pub fn initialise(&self, chunks: &[ChunkId], fill: impl FnOnce(&mut [&mut [u8]])) -> Result<(), RuntimeError> {
-        let lease = self.lease_all(chunks, Tier::Host, Access::Fresh)?;
-        let bytes = self.shared.chunk_bytes().0 as usize;
-        let mut payloads: Vec<&mut [u8]> = (0..chunks.len())
-            // SAFETY: the lease gives this thread the whole slots alone, and they do not overlap.
-            .map(|index| unsafe { std::slice::from_raw_parts_mut(lease.address(index), bytes) })
-            .collect();
-        fill(&mut payloads);
-        lease.release(Pass::Other)?;
-        match self.home(chunks) {
-            Tier::Device => self.lease_all(chunks, Tier::Device, Access::Write)?.release(Pass::Other),
-            Tier::Host | Tier::Disk => Ok(()),
-        }
-    }
-
-    /// Fills chunks of one group with zeros before training, where the group is stepped.
-    pub fn clear(&self, chunks: &[ChunkId]) -> Result<(), RuntimeError> {
-        self.lease_all(chunks, self.home(chunks), Access::Fresh)?.release(Pass::Other)
-    }
-
-    fn lease_all(&self, chunks: &[ChunkId], tier: Tier, access: Access) -> Result<Lease, RuntimeError> {
-        let chunks = chunks.iter().map(|&chunk| (chunk, access)).collect();
-        self.shared.lease(Requester::Optimizer, tier, chunks)
-    }
-
-    /// The tier in which the states of a group stay between steps, given by its first chunk.
-    fn home(&self, chunks: &[ChunkId]) -> Tier {
-        let group = chunks.first().map(|&chunk| self.shared.layout.chunk(chunk).group);
-        match group.map(|group| self.shared.lock().group(group).side) {
-            Some(Side::Resident) => Tier::Device,
-            _ => Tier::Host,
-        }
     }
 
     /// Reads chunks of one group, wherever they are, in host memory; waits for pending updates.

@@ -13,7 +13,7 @@ pub use keys::KeyInfo;
 pub use load::{Loaded, Sources};
 pub use origin::{Origin, Origins};
 pub use sections::{
-    Actors, Checkpoint, Compute, Copy, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
+    Actors, Checkpoint, Compute, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
 };
 pub use validate::SHAPES;
 pub use values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};

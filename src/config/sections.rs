@@ -252,20 +252,6 @@ impl Default for Optimizer {
     }
 }
 
-/// The copy streams.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Copy {
-    /// Requests that may wait in the mailbox.
-    pub mailbox: usize,
-}
-
-impl Default for Copy {
-    fn default() -> Self {
-        Copy { mailbox: 256 }
-    }
-}
-
 /// The watcher of memory.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -304,8 +290,6 @@ pub struct Actors {
     pub eviction: Eviction,
     /// Where and how chunks are stepped.
     pub optimizer: Optimizer,
-    /// The copy streams.
-    pub copy: Copy,
     /// The watcher of memory.
     pub monitor: Monitor,
     /// The reduction of gradients.

@@ -138,7 +138,6 @@ impl Config {
             "`telemetry.metrics_listen` is no address: use such as \"127.0.0.1:9464\", or \"\"",
         );
         check(self.checkpoint.keep > 0, "`checkpoint.keep` is 0: keep at least 1");
-        check(actors.copy.mailbox > 0, "`actors.copy.mailbox` is 0: set it to 1 or more");
         check(actors.reduction.mailbox > 0, "`actors.reduction.mailbox` is 0: set it to 1 or more");
         check(actors.monitor.interval_ms > 0, "`actors.monitor.interval_ms` is 0: set it to 1 or more");
         check(

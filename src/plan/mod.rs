@@ -304,7 +304,7 @@ impl Plan {
                 decoupled: train.optimizer == OptimizerKind::AdamW,
             },
             clip_norm: train.clip_norm,
-            mailbox: config.actors.copy.mailbox.min(config.actors.reduction.mailbox),
+            mailbox: config.actors.reduction.mailbox,
             optimizer_threads: config.actors.optimizer.threads,
             headroom: config.actors.monitor.headroom,
             monitor_interval: Duration::from_millis(config.actors.monitor.interval_ms),

@@ -61,7 +61,7 @@ pub struct StepReport {
 }
 
 impl StepReport {
-    /// Share of the step that the compute thread waited.
+    /// Share of the step in which the device had nothing to do.
     pub fn stall_ratio(&self) -> f64 {
         self.stats.stats.stall().as_secs_f64() / self.stats.elapsed.as_secs_f64().max(1e-9)
     }

@@ -40,6 +40,9 @@ pub enum Command {
     /// Train one job of a service.
     #[command(hide = true)]
     Worker,
+    /// Print the OpenAPI document of the service.
+    #[command(hide = true)]
+    Openapi,
     /// Say whether a job fits, before anything is allocated; exit code 3 if not.
     Plan(PlanArgs),
     /// Measure, or compare with references.

@@ -7,6 +7,7 @@ mod config;
 mod doctor;
 mod error;
 mod generate;
+mod openapi;
 pub mod output;
 mod plan;
 mod serve;
@@ -39,6 +40,7 @@ pub fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Train(args) => train::run(args),
         Command::Serve(args) => serve::run(args),
         Command::Worker => worker::run(),
+        Command::Openapi => openapi::run(),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),
         Command::Generate(args) => generate::run(args),

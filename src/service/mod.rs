@@ -7,12 +7,13 @@
 //! - [`store`]: what must not be forgotten.
 //! - [`worker`]: the process that trains one job, and the words it exchanges with the service.
 //! - [`supervisor`]: which job trains when.
-//! - `api`: the HTTP interface; `request` and `presets` make a client's wishes into a configuration.
+//! - `api`: the HTTP interface; `request`, `hyperparameters` and `presets` make a client's wishes into a configuration.
 //! - [`tokens`], [`settings`]: who may do what, and how much of it.
 //! - `serve`: start and end of it all.
 
 mod api;
 pub mod error;
+mod hyperparameters;
 mod presets;
 mod request;
 mod serve;
@@ -22,4 +23,5 @@ pub mod supervisor;
 pub mod tokens;
 pub mod worker;
 
+pub use api::openapi;
 pub use serve::serve;

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use utoipa::ToSchema;
 
 use super::error::ServiceError;
+use super::hyperparameters::{Hyperparameters, HyperparametersShape};
 use super::presets::{preset, presets};
 use super::store::{FileId, NewJob};
 use crate::config::{Config, ConfigError, Loaded, Origin, Sources};
@@ -17,26 +19,52 @@ const RESERVED: [&str; 5] = ["data.path", "data.tokenizer", "train.output", "mod
 const DEFAULT_EPOCHS: u32 = 3;
 
 /// Body of `POST /v1/fine_tuning/jobs`. Fields that are not here belong to other services and are ignored.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct JobRequest {
+    /// One of `GET /v1/models`.
+    #[schema(example = "gpt-tiny")]
     model: String,
+    /// An uploaded file of lines of JSON.
     training_file: String,
+    /// Not supported.
+    #[schema(value_type = Option<String>)]
     validation_file: Option<Value>,
+    /// Becomes part of the trained model's name.
+    #[schema(min_length = 1, max_length = 64)]
     suffix: Option<String>,
+    #[schema(maximum = 2147483647)]
     seed: Option<u32>,
+    /// At most 16 pairs: keys of 64 characters, values of 512.
+    #[schema(value_type = Option<std::collections::HashMap<String, String>>)]
     metadata: Option<Map<String, Value>>,
+    /// Not supported.
+    #[schema(value_type = Option<Vec<Value>>)]
     integrations: Option<Value>,
+    /// `{"type": "supervised", "supervised": {"hyperparameters": {...}}}`.
+    #[schema(value_type = Option<Object>)]
     method: Option<Value>,
+    /// The older place of the same.
+    #[schema(value_type = Option<HyperparametersShape>)]
     hyperparameters: Option<Value>,
+    /// Any setting of the configuration, nested or dotted, and `priority`.
+    #[schema(value_type = Option<Object>)]
     patrickstar: Option<Map<String, Value>>,
 }
 
 /// Body of `POST /v1/patrickstar/plan`.
-#[derive(Clone, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 pub struct PlanRequest {
+    /// One of `GET /v1/models`.
+    #[schema(example = "gpt-tiny")]
     model: String,
+    /// As for a job.
+    #[schema(value_type = Option<Object>)]
     method: Option<Value>,
+    /// As for a job.
+    #[schema(value_type = Option<HyperparametersShape>)]
     hyperparameters: Option<Value>,
+    /// As for a job.
+    #[schema(value_type = Option<Object>)]
     patrickstar: Option<Map<String, Value>>,
 }
 
@@ -83,7 +111,7 @@ impl JobRequest {
             suffix: self.suffix,
             seed,
             metadata: self.metadata.unwrap_or_default(),
-            hyperparameters: wanted.shown(),
+            hyperparameters: json!(wanted.shown()),
             epochs: (!own_steps).then(|| wanted.n_epochs.unwrap_or(DEFAULT_EPOCHS)),
             device: device(&loaded.config),
             config: serde_json::to_value(&loaded.config)
@@ -139,64 +167,6 @@ fn random_seed() -> Result<u32, ServiceError> {
 /// The name of what a job needs for itself.
 fn device(config: &Config) -> String {
     if is_cuda(&config.compute) { format!("cuda:{}", config.compute.ordinal) } else { "cpu".to_owned() }
-}
-
-/// OpenAI's three knobs; `None` is "auto".
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Hyperparameters {
-    batch_size: Option<u32>,
-    learning_rate_multiplier: Option<f64>,
-    n_epochs: Option<u32>,
-}
-
-impl Hyperparameters {
-    fn read(method: Option<&Value>, old: Option<&Value>) -> Result<Self, ServiceError> {
-        let mut given = old.filter(|value| !value.is_null());
-        if let Some(method) = method.filter(|value| !value.is_null()) {
-            let kind = method.get("type").and_then(Value::as_str).unwrap_or_default();
-            if kind != "supervised" {
-                let message = format!("`method.type` is `{kind}`: only `supervised` is supported");
-                return Err(ServiceError::invalid("method", message));
-            }
-            given = method.pointer("/supervised/hyperparameters").filter(|value| !value.is_null()).or(given);
-        }
-        let whole = |name: &str, most: u64| {
-            number(given, name, &format!("a whole number from 1 to {most}, or \"auto\""), |value| {
-                value.as_u64().filter(|value| (1..=most).contains(value)).map(|value| value as u32)
-            })
-        };
-        let positive = |value: &Value| value.as_f64().filter(|value| *value > 0.0 && value.is_finite());
-        Ok(Hyperparameters {
-            batch_size: whole("batch_size", 4096)?,
-            learning_rate_multiplier: number(given, "learning_rate_multiplier", "above 0, or \"auto\"", positive)?,
-            n_epochs: whole("n_epochs", 10_000)?,
-        })
-    }
-
-    fn shown(self) -> Value {
-        let auto = || json!("auto");
-        json!({
-            "batch_size": self.batch_size.map_or_else(auto, |value| json!(value)),
-            "learning_rate_multiplier": self.learning_rate_multiplier.map_or_else(auto, |value| json!(value)),
-            "n_epochs": self.n_epochs.map_or_else(auto, |value| json!(value)),
-        })
-    }
-}
-
-fn number<T>(
-    given: Option<&Value>,
-    name: &str,
-    expected: &str,
-    read: impl Fn(&Value) -> Option<T>,
-) -> Result<Option<T>, ServiceError> {
-    match given.and_then(|given| given.get(name)) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) if text == "auto" => Ok(None),
-        Some(value) => match read(value) {
-            Some(value) => Ok(Some(value)),
-            None => Err(ServiceError::invalid(name, format!("`{name}` is {value}: it must be {expected}"))),
-        },
-    }
 }
 
 /// Service's file, then the preset, then hyperparameters, then the client's own settings; the last one wins.

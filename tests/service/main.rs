@@ -8,5 +8,6 @@ mod crash;
 mod jobs;
 mod layers;
 mod refusals;
+mod routes;
 mod shutdown;
 mod worker;

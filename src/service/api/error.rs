@@ -4,10 +4,33 @@ use actix_web::error::JsonPayloadError;
 use actix_web::http::StatusCode;
 use actix_web::http::header::{RETRY_AFTER, WWW_AUTHENTICATE};
 use actix_web::{HttpRequest, HttpResponse, ResponseError};
-use serde_json::json;
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::service::error::ServiceError;
 use crate::service::store::StoreError;
+
+/// What every refusal says.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = Error)]
+pub(super) struct ErrorAnswer {
+    error: ErrorDetails,
+}
+
+/// All four keys are always there: clients read them without asking.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorDetails {
+    /// For people.
+    message: String,
+    #[serde(rename = "type")]
+    kind: &'static str,
+    /// The field at fault.
+    #[schema(required)]
+    param: Option<String>,
+    /// For programs.
+    #[schema(required)]
+    code: Option<String>,
+}
 
 /// Seconds after which a refused client may try again.
 const RETRY: u32 = 10;
@@ -78,13 +101,8 @@ fn code(error: &ServiceError) -> &str {
     }
 }
 
-/// All four keys are always there: clients read them without asking.
-pub(super) fn envelope(
-    status: StatusCode,
-    message: &str,
-    param: Option<&str>,
-    code: Option<&str>,
-) -> serde_json::Value {
+/// A refusal in the shape that clients read.
+pub(super) fn envelope(status: StatusCode, message: &str, param: Option<&str>, code: Option<&str>) -> ErrorAnswer {
     let kind = match status {
         StatusCode::UNAUTHORIZED => "authentication_error",
         StatusCode::FORBIDDEN => "permission_error",
@@ -92,7 +110,8 @@ pub(super) fn envelope(
         status if status.is_server_error() => "server_error",
         _ => "invalid_request_error",
     };
-    json!({ "error": { "message": message, "type": kind, "param": param, "code": code } })
+    let (param, code) = (param.map(str::to_owned), code.map(str::to_owned));
+    ErrorAnswer { error: ErrorDetails { message: message.to_owned(), kind, param, code } }
 }
 
 /// A body that is not the JSON it should be.

@@ -4,18 +4,22 @@ use actix_web::body::SizedStream;
 use actix_web::web::Bytes;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream::unfold;
-use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-use super::params::{Params, id};
-use super::{State, view};
+use super::State;
+use super::params::{Page, Params, id};
+use super::view::{DeletedFile, File, List};
 use crate::service::error::ServiceError;
 use crate::service::store::{FileId, FileRow};
 
 /// Bytes of a file that are in memory at once.
 const PIECE: usize = 64 << 10;
 
-pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ServiceError> {
+/// Stored files, newest first unless `order` is `asc`.
+#[utoipa::path(get, path = "/v1/files", tag = "files",
+    params(Page, ("order" = Option<String>, Query, description = "asc or desc"), ("purpose" = Option<String>, Query)),
+    responses((status = 200, body = List<File>)))]
+pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<web::Json<List<File>>, ServiceError> {
     let params = Params::of(&request)?;
     let (after, limit) = (params.after::<FileId>()?, params.limit(10_000, 10_000)?);
     let ascending = match params.get("order") {
@@ -28,14 +32,26 @@ pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Resul
         crate::service::store::Store::files(store, purpose.as_deref(), after.as_ref(), limit, ascending)
     };
     let page = state.store.read(find).await?;
-    Ok(HttpResponse::Ok().json(view::list(page.rows.iter().map(view::file).collect(), page.has_more)))
+    Ok(web::Json(List::new(page.rows.iter().map(File::from).collect(), page.has_more)))
 }
 
-pub(super) async fn retrieve(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
-    Ok(HttpResponse::Ok().json(view::file(&find(&state, &path).await?)))
+/// One file.
+#[utoipa::path(get, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = File)))]
+pub(super) async fn retrieve(
+    state: web::Data<State>,
+    path: web::Path<String>,
+) -> Result<web::Json<File>, ServiceError> {
+    Ok(web::Json(File::from(&find(&state, &path).await?)))
 }
 
-pub(super) async fn delete(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+/// Deletes a file, unless a job that has not ended needs it.
+#[utoipa::path(delete, path = "/v1/files/{id}", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = DeletedFile)))]
+pub(super) async fn delete(
+    state: web::Data<State>,
+    path: web::Path<String>,
+) -> Result<web::Json<DeletedFile>, ServiceError> {
     let file = find(&state, &path).await?;
     let wanted = file.id.clone();
     let removed =
@@ -51,9 +67,12 @@ pub(super) async fn delete(state: web::Data<State>, path: web::Path<String>) -> 
     if let Err(error) = tokio::fs::remove_file(content_path(&state, &file.id)).await {
         tracing::warn!(file = %file.id, "the content of a deleted file is still there: {error}");
     }
-    Ok(HttpResponse::Ok().json(json!({ "object": "file", "id": file.id, "deleted": true })))
+    Ok(web::Json(DeletedFile::new(file.id)))
 }
 
+/// What is in a file.
+#[utoipa::path(get, path = "/v1/files/{id}/content", tag = "files", params(("id" = String, Path)),
+    responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream")))]
 pub(super) async fn content(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
     let row = find(&state, &path).await?;
     let place = content_path(&state, &row.id);

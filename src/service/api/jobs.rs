@@ -1,14 +1,21 @@
 //! Jobs: created, listed, and told to stop or go on.
 
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpRequest, web};
 
-use super::params::{Params, id};
-use super::{State, view};
+use super::State;
+use super::params::{Page, Params, id};
+use super::view::{Job, List};
 use crate::service::error::ServiceError;
 use crate::service::request::JobRequest;
 use crate::service::store::{JobId, JobRow, NewEvent, Purpose, Status};
 
-pub(super) async fn create(state: web::Data<State>, body: web::Json<JobRequest>) -> Result<HttpResponse, ServiceError> {
+/// Creates a job; it waits until its device is free.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs", tag = "jobs", request_body = JobRequest,
+    responses((status = 200, body = Job)))]
+pub(super) async fn create(
+    state: web::Data<State>,
+    body: web::Json<JobRequest>,
+) -> Result<web::Json<Job>, ServiceError> {
     if *state.stopping.borrow() {
         return Err(ServiceError::Stopping);
     }
@@ -27,38 +34,53 @@ pub(super) async fn create(state: web::Data<State>, body: web::Json<JobRequest>)
     let created = state.store.write(move |store| store.create_job(&job, most)).await?;
     let created = created.ok_or(ServiceError::QueueFull(most))?;
     state.supervisor.look();
-    Ok(HttpResponse::Ok().json(view::job(&created)))
+    Ok(web::Json(Job::from(&created)))
 }
 
-pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<HttpResponse, ServiceError> {
+/// Jobs, newest first. `metadata[key]=value` shows only those with this pair, `metadata=null` those without any.
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs", tag = "jobs", params(Page),
+    responses((status = 200, body = List<Job>)))]
+pub(super) async fn list(state: web::Data<State>, request: HttpRequest) -> Result<web::Json<List<Job>>, ServiceError> {
     let params = Params::of(&request)?;
     let (after, limit, filter) = (params.after::<JobId>()?, params.limit(20, 100)?, params.metadata());
     let page = state.store.read(move |store| store.jobs(after.as_ref(), limit, &filter)).await?;
-    Ok(HttpResponse::Ok().json(view::list(page.rows.iter().map(view::job).collect(), page.has_more)))
+    Ok(web::Json(List::new(page.rows.iter().map(Job::from).collect(), page.has_more)))
 }
 
-pub(super) async fn retrieve(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
-    Ok(HttpResponse::Ok().json(view::job(&find(&state, &path).await?)))
+/// One job.
+#[utoipa::path(get, path = "/v1/fine_tuning/jobs/{id}", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job)))]
+pub(super) async fn retrieve(state: web::Data<State>, path: web::Path<String>) -> Result<web::Json<Job>, ServiceError> {
+    Ok(web::Json(Job::from(&find(&state, &path).await?)))
 }
 
-pub(super) async fn cancel(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+/// Ends a job; its worker leaves at once.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{id}/cancel", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job)))]
+pub(super) async fn cancel(state: web::Data<State>, path: web::Path<String>) -> Result<web::Json<Job>, ServiceError> {
     let job = change(&state, &path, Status::Cancelled, "The job was cancelled").await?;
     state.supervisor.cancel(&job.id);
-    Ok(HttpResponse::Ok().json(view::job(&job)))
+    Ok(web::Json(Job::from(&job)))
 }
 
-pub(super) async fn pause(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+/// Lets a job finish its step, save a checkpoint and free its device.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{id}/pause", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job)))]
+pub(super) async fn pause(state: web::Data<State>, path: web::Path<String>) -> Result<web::Json<Job>, ServiceError> {
     let job = change(&state, &path, Status::Paused, "The job was paused").await?;
     state.supervisor.pause(&job.id);
-    Ok(HttpResponse::Ok().json(view::job(&job)))
+    Ok(web::Json(Job::from(&job)))
 }
 
-pub(super) async fn resume(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
+/// Puts a paused job back in the queue, to go on with the same bits.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{id}/resume", tag = "jobs", params(("id" = String, Path)),
+    responses((status = 200, body = Job)))]
+pub(super) async fn resume(state: web::Data<State>, path: web::Path<String>) -> Result<web::Json<Job>, ServiceError> {
     let id: JobId = id("fine-tuning job", &path)?;
     let resumed = state.store.write(move |store| store.resume_job(&id)).await?;
     let Some(job) = resumed else { return Err(refusal(&find(&state, &path).await?, "resumed")) };
     state.supervisor.look();
-    Ok(HttpResponse::Ok().json(view::job(&job)))
+    Ok(web::Json(Job::from(&job)))
 }
 
 /// The job of a path.

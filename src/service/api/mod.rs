@@ -1,8 +1,10 @@
 //! The service over HTTP: OpenAI's fine-tuning routes, and our own under `/v1/patrickstar`.
 //!
 //! [`ROUTES`] is the only list of what is answered. The server is built from it and the guard asks it which scope a route
-//! needs, so a route that is not in it does not exist and one that is cannot be open by mistake.
+//! needs, so a route that is not in it does not exist and one that is cannot be open by mistake. Each is described in
+//! [`document`].
 
+mod document;
 mod error;
 mod events;
 mod files;
@@ -28,6 +30,8 @@ use super::settings::Settings;
 use super::store::StoreHandle;
 use super::supervisor::SupervisorHandle;
 use super::tokens::Scope;
+
+pub use document::openapi;
 
 /// What every handler may use.
 pub(super) struct State {
@@ -56,9 +60,10 @@ const fn open(path: &'static str, handler: fn() -> Route) -> Entry {
 }
 
 /// Every route.
-static ROUTES: [Entry; 19] = [
+static ROUTES: [Entry; 20] = [
     open("/livez", || web::get().to(health::live)),
     open("/readyz", || web::get().to(health::ready)),
+    entry(Method::GET, "/openapi.json", Scope::Read, || web::get().to(document::document)),
     entry(Method::GET, "/v1/models", Scope::Read, || web::get().to(models::list)),
     entry(Method::GET, "/v1/models/{id}", Scope::Read, || web::get().to(models::retrieve)),
     entry(Method::POST, "/v1/files", Scope::Write, || web::post().to(upload::create)),

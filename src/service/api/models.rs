@@ -1,25 +1,35 @@
 //! Models that a job can train, and those that jobs have trained.
 
-use actix_web::{HttpResponse, web};
-use serde_json::Value;
+use actix_web::web;
 
-use super::{State, view};
+use super::State;
+use super::view::{List, Model};
 use crate::service::error::ServiceError;
 use crate::service::presets::presets;
+use crate::service::store::UnixTime;
 
-pub(super) async fn list(state: web::Data<State>) -> Result<HttpResponse, ServiceError> {
-    Ok(HttpResponse::Ok().json(view::list(all(&state).await?, false)))
+/// Models that a job can train, and those that jobs have trained.
+#[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = List<Model>)))]
+pub(super) async fn list(state: web::Data<State>) -> Result<web::Json<List<Model>>, ServiceError> {
+    Ok(web::Json(List::new(all(&state).await?, false)))
 }
 
-pub(super) async fn retrieve(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
-    let found = all(&state).await?.into_iter().find(|model| model["id"] == path.as_str());
+/// One of them.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "models", params(("id" = String, Path)),
+    responses((status = 200, body = Model)))]
+pub(super) async fn retrieve(
+    state: web::Data<State>,
+    path: web::Path<String>,
+) -> Result<web::Json<Model>, ServiceError> {
+    let found = all(&state).await?.into_iter().find(|model| model.id == *path);
     let model = found.ok_or_else(|| ServiceError::NotFound { what: "model", id: path.chars().take(200).collect() })?;
-    Ok(HttpResponse::Ok().json(model))
+    Ok(web::Json(model))
 }
 
-async fn all(state: &State) -> Result<Vec<Value>, ServiceError> {
+async fn all(state: &State) -> Result<Vec<Model>, ServiceError> {
     let trained = state.store.read(|store| store.trained_models()).await?;
-    let mut models: Vec<Value> = presets().iter().map(|preset| view::model(&preset.id, 0, "patrickstar")).collect();
-    models.extend(trained.iter().map(|(name, job, finished)| view::model(name, finished.0, job.as_str())));
+    let preset = |id: String| Model::new(id, UnixTime(0), "patrickstar");
+    let mut models: Vec<Model> = presets().into_iter().map(|known| preset(known.id)).collect();
+    models.extend(trained.into_iter().map(|(name, job, finished)| Model::new(name, finished, job.as_str())));
     Ok(models)
 }

@@ -3,9 +3,22 @@
 use std::str::FromStr;
 
 use actix_web::{HttpRequest, web};
+use utoipa::IntoParams;
 
 use crate::service::error::ServiceError;
 use crate::service::store::{MetadataFilter, StoreError};
+
+/// The parameters of every list, for the document.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "read by hand, see above")]
+pub(super) struct Page {
+    /// Most items of the page.
+    #[param(minimum = 1)]
+    limit: Option<u32>,
+    /// Last id of the page before.
+    after: Option<String>,
+}
 
 /// The query of a request.
 pub(super) struct Params(Vec<(String, String)>);

@@ -9,11 +9,13 @@ use actix_web::http::header::{CACHE_CONTROL, HeaderName};
 use actix_web::web::Bytes;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream::unfold;
+use serde::Serialize;
 use tokio::sync::watch;
 
-use super::{State, jobs, view};
+use super::view::{Event, Job};
+use super::{State, jobs};
 use crate::service::error::ServiceError;
-use crate::service::store::{JobId, Seq, StoreHandle};
+use crate::service::store::{EventRow, JobId, Seq, StoreHandle};
 
 /// Events that are sent together.
 const TOGETHER: usize = 200;
@@ -22,6 +24,10 @@ const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Many small changes become one read.
 const PAUSE: Duration = Duration::from_millis(100);
 
+/// A job's events as server-sent events; after the last one of a job that has ended comes `event: end` with the job.
+#[utoipa::path(get, path = "/v1/patrickstar/jobs/{id}/stream", tag = "patrickstar",
+    params(("id" = String, Path), ("Last-Event-ID" = Option<i64>, Header, description = "go on after this one")),
+    responses((status = 200, body = String, content_type = "text/event-stream")))]
 pub(super) async fn stream(
     state: web::Data<State>,
     path: web::Path<String>,
@@ -98,14 +104,18 @@ impl Follower {
         let Some(newest) = events.last() else {
             let ended = job.filter(|job| job.status.is_final());
             self.ended = ended.is_some();
-            return Ok(ended.map(|job| format!("event: end\ndata: {}\n\n", view::job(&job))));
+            return ended.map(|job| Ok(format!("event: end\ndata: {}\n\n", one_line(&Job::from(&job))?))).transpose();
         };
         self.last = newest.seq;
-        let line = |event| {
-            let value = view::event(event);
-            let kind = value["type"].as_str().unwrap_or("message").to_owned();
-            format!("id: {}\nevent: {kind}\ndata: {value}\n\n", event.seq.0)
+        let line = |row: &EventRow| {
+            let event = Event::from(row);
+            Ok(format!("id: {}\nevent: {}\ndata: {}\n\n", row.seq.0, event.kind.name(), one_line(&event)?))
         };
-        Ok(Some(events.iter().map(line).collect()))
+        events.iter().map(line).collect::<Result<String, ServiceError>>().map(Some)
     }
+}
+
+/// JSON without a line break, which would end the data of an event.
+fn one_line(value: &impl Serialize) -> Result<String, ServiceError> {
+    serde_json::to_string(value).map_err(|error| ServiceError::Internal(format!("an event is not JSON: {error}")))
 }

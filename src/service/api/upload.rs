@@ -4,12 +4,14 @@ use std::path::PathBuf;
 
 use actix_multipart::{Field, Multipart};
 use actix_web::http::header::CONTENT_LENGTH;
-use actix_web::{HttpRequest, HttpResponse, web};
+use actix_web::{HttpRequest, web};
 use futures_util::TryStreamExt;
 use tokio::io::AsyncWriteExt;
+use utoipa::ToSchema;
 
+use super::State;
 use super::files::content_path;
-use super::{State, view};
+use super::view::File;
 use crate::service::error::ServiceError;
 use crate::service::settings::Limits;
 use crate::service::store::{FileId, Purpose};
@@ -20,6 +22,17 @@ const MOST_FIELDS: usize = 16;
 const MOST_TEXT: usize = 4096;
 /// Characters that are kept of the client's name for a file.
 const MOST_NAME: usize = 255;
+
+/// The form, for the document.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "the form is read part by part, never as a whole")]
+pub(super) struct UploadForm {
+    /// `fine-tune`.
+    purpose: String,
+    /// Lines of JSON.
+    #[schema(value_type = String, format = Binary)]
+    file: Vec<u8>,
+}
 
 /// A form that is being received. What was received of a file is removed unless it is stored in the end.
 struct Receipt {
@@ -39,11 +52,14 @@ impl Drop for Receipt {
     }
 }
 
+/// Stores a file to train on.
+#[utoipa::path(post, path = "/v1/files", tag = "files",
+    request_body(content = UploadForm, content_type = "multipart/form-data"), responses((status = 200, body = File)))]
 pub(super) async fn create(
     state: web::Data<State>,
     request: HttpRequest,
     form: Multipart,
-) -> Result<HttpResponse, ServiceError> {
+) -> Result<web::Json<File>, ServiceError> {
     if *state.stopping.borrow() {
         return Err(ServiceError::Stopping);
     }
@@ -71,7 +87,7 @@ pub(super) async fn create(
     .map_err(|error| ServiceError::io(&directory, error))?;
     let row = state.store.write(move |store| store.add_file(&id, &name, Purpose::FineTune, bytes)).await?;
     receipt.kept = true;
-    Ok(HttpResponse::Ok().json(view::file(&row)))
+    Ok(web::Json(File::from(&row)))
 }
 
 /// Refuses before the first byte what is declared too large for the limit or the disk.

@@ -1,93 +1,354 @@
 //! Stored things as clients see them. Every key of OpenAI's objects is always there: some clients check.
 
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
-use crate::service::store::{CheckpointRow, EventRow, FileRow, JobId, JobRow, Status};
+use crate::service::hyperparameters::HyperparametersShape;
+use crate::service::store::{
+    CheckpointId, CheckpointRow, EventId, EventRow, FileId, FileRow, JobId, JobRow, Level, Purpose, Status, UnixTime,
+};
 
-pub(super) fn job(job: &JobRow) -> Value {
-    let error =
-        job.failure.as_ref().map(|failure| json!({ "code": failure.code, "message": failure.message, "param": null }));
-    let result_files: Vec<&str> = job.result_file.iter().map(|file| file.as_str()).collect();
-    let total_steps = job.validated.then(|| job.config.pointer("/train/steps")).flatten();
-    json!({
-        "object": "fine_tuning.job",
-        "id": job.id,
-        "created_at": job.created_at,
-        "finished_at": job.finished_at,
-        "status": job.status.name(),
-        "model": job.model,
-        "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": "patrickstar",
-        "training_file": job.training_file,
-        "validation_file": null,
-        "result_files": result_files,
-        "trained_tokens": (job.status == Status::Succeeded).then_some(job.trained_tokens),
-        "hyperparameters": job.hyperparameters,
-        "method": { "type": "supervised", "supervised": { "hyperparameters": job.hyperparameters } },
-        "seed": job.seed,
-        "user_provided_suffix": job.suffix,
-        "metadata": job.metadata,
-        "integrations": [],
-        "estimated_finish": null,
-        "error": error,
-        "patrickstar": {
-            "step": job.step,
-            "total_steps": total_steps,
-            "trained_tokens": job.trained_tokens,
-            "device": job.device,
-            "priority": job.priority,
-            "restarts": job.restarts,
-        },
-    })
+/// A part of a list. Clients that page by themselves stop at `has_more` only.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct List<T> {
+    #[schema(example = "list")]
+    object: &'static str,
+    data: Vec<T>,
+    /// Id of the first.
+    #[schema(required)]
+    first_id: Option<String>,
+    /// Id of the last: send it as `after` for the next page.
+    #[schema(required)]
+    last_id: Option<String>,
+    has_more: bool,
 }
 
-pub(super) fn event(event: &EventRow) -> Value {
-    json!({
-        "object": "fine_tuning.job.event",
-        "id": event.id,
-        "created_at": event.created_at,
-        "level": event.level.name(),
-        "message": event.message,
-        "type": if event.step.is_some() { "metrics" } else { "message" },
-        "data": event.data,
-    })
+/// What a list can hold.
+pub(super) trait Listed {
+    /// What clients page by.
+    fn id(&self) -> &str;
 }
 
-pub(super) fn checkpoint(job: &JobRow, row: &CheckpointRow) -> Value {
-    let tail = job.id.as_str().trim_start_matches(JobId::PREFIX);
-    let suffix = job.suffix.as_deref().unwrap_or_default();
-    json!({
-        "object": "fine_tuning.job.checkpoint",
-        "id": row.id,
-        "created_at": row.created_at,
-        "fine_tuning_job_id": job.id,
-        "fine_tuned_model_checkpoint": format!("ft:{}:patrickstar:{suffix}:{tail}:ckpt-step-{}", job.model, row.step),
-        "step_number": row.step,
-        "metrics": { "step": row.step, "train_loss": row.train_loss },
-    })
+impl<T: Listed> List<T> {
+    pub fn new(data: Vec<T>, has_more: bool) -> Self {
+        let id = |item: Option<&T>| item.map(|item| item.id().to_owned());
+        List { object: "list", first_id: id(data.first()), last_id: id(data.last()), data, has_more }
+    }
 }
 
-pub(super) fn file(file: &FileRow) -> Value {
-    json!({
-        "object": "file",
-        "id": file.id,
-        "bytes": file.bytes,
-        "created_at": file.created_at,
-        "filename": file.name,
-        "purpose": file.purpose.name(),
-        "status": "processed",
-        "status_details": null,
-        "expires_at": null,
-    })
+/// A job.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FineTuningJob)]
+pub(super) struct Job {
+    #[schema(example = "fine_tuning.job")]
+    object: &'static str,
+    id: JobId,
+    created_at: UnixTime,
+    #[schema(required)]
+    finished_at: Option<UnixTime>,
+    status: Status,
+    model: String,
+    /// Name of the trained model, once there is one.
+    #[schema(required)]
+    fine_tuned_model: Option<String>,
+    organization_id: &'static str,
+    training_file: FileId,
+    #[schema(required)]
+    validation_file: Option<FileId>,
+    result_files: Vec<FileId>,
+    /// Once the job has succeeded.
+    #[schema(required)]
+    trained_tokens: Option<u64>,
+    #[schema(value_type = HyperparametersShape)]
+    hyperparameters: Value,
+    method: Method,
+    seed: u32,
+    #[schema(required)]
+    user_provided_suffix: Option<String>,
+    #[schema(value_type = std::collections::HashMap<String, String>)]
+    metadata: Map<String, Value>,
+    integrations: Vec<Value>,
+    #[schema(required)]
+    estimated_finish: Option<UnixTime>,
+    #[schema(required)]
+    error: Option<JobError>,
+    patrickstar: JobProgress,
 }
 
-pub(super) fn model(id: &str, created: i64, owner: &str) -> Value {
-    json!({ "object": "model", "id": id, "created": created, "owned_by": owner })
+/// How a job trains.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Method {
+    #[serde(rename = "type")]
+    #[schema(example = "supervised")]
+    kind: &'static str,
+    supervised: Supervised,
 }
 
-/// A page of a list. Clients that page by themselves stop at `has_more` only.
-pub(super) fn list(data: Vec<Value>, has_more: bool) -> Value {
-    let id = |item: Option<&Value>| item.and_then(|item| item.get("id")).cloned().unwrap_or_default();
-    let (first, last) = (id(data.first()), id(data.last()));
-    json!({ "object": "list", "data": data, "first_id": first, "last_id": last, "has_more": has_more })
+/// The one method that is supported.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Supervised {
+    #[schema(value_type = HyperparametersShape)]
+    hyperparameters: Value,
 }
+
+/// Why a job failed.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct JobError {
+    code: String,
+    message: String,
+    #[schema(required)]
+    param: Option<String>,
+}
+
+/// How far a job is.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct JobProgress {
+    step: u64,
+    /// Once the file was read.
+    #[schema(required)]
+    total_steps: Option<u64>,
+    trained_tokens: u64,
+    /// What it needs for itself.
+    device: String,
+    priority: i32,
+    /// Times that its worker died since the last checkpoint.
+    restarts: u32,
+}
+
+impl Listed for Job {
+    fn id(&self) -> &str {
+        self.id.as_str()
+    }
+}
+
+impl From<&JobRow> for Job {
+    fn from(job: &JobRow) -> Self {
+        let error = job.failure.as_ref().map(|failure| JobError {
+            code: failure.code.clone(),
+            message: failure.message.clone(),
+            param: None,
+        });
+        let total_steps = job.validated.then(|| job.config.pointer("/train/steps")?.as_u64()).flatten();
+        Job {
+            object: "fine_tuning.job",
+            id: job.id.clone(),
+            created_at: job.created_at,
+            finished_at: job.finished_at,
+            status: job.status,
+            model: job.model.clone(),
+            fine_tuned_model: job.fine_tuned_model.clone(),
+            organization_id: "patrickstar",
+            training_file: job.training_file.clone(),
+            validation_file: None,
+            result_files: job.result_file.iter().cloned().collect(),
+            trained_tokens: (job.status == Status::Succeeded).then_some(job.trained_tokens),
+            hyperparameters: job.hyperparameters.clone(),
+            method: Method {
+                kind: "supervised",
+                supervised: Supervised { hyperparameters: job.hyperparameters.clone() },
+            },
+            seed: job.seed,
+            user_provided_suffix: job.suffix.clone(),
+            metadata: job.metadata.clone(),
+            integrations: Vec::new(),
+            estimated_finish: None,
+            error,
+            patrickstar: JobProgress {
+                step: job.step,
+                total_steps,
+                trained_tokens: job.trained_tokens,
+                device: job.device.clone(),
+                priority: job.priority,
+                restarts: job.restarts,
+            },
+        }
+    }
+}
+
+/// Something that happened to a job.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FineTuningJobEvent)]
+pub(super) struct Event {
+    #[schema(example = "fine_tuning.job.event")]
+    object: &'static str,
+    id: EventId,
+    created_at: UnixTime,
+    level: Level,
+    message: String,
+    #[serde(rename = "type")]
+    pub kind: EventKind,
+    /// The metrics of a step; empty for messages.
+    #[schema(value_type = Object)]
+    data: Value,
+}
+
+/// What an event holds.
+#[derive(Clone, Copy, Debug, Serialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum EventKind {
+    Message,
+    Metrics,
+}
+
+impl EventKind {
+    /// As it is written in JSON.
+    pub fn name(self) -> &'static str {
+        match self {
+            EventKind::Message => "message",
+            EventKind::Metrics => "metrics",
+        }
+    }
+}
+
+impl Listed for Event {
+    fn id(&self) -> &str {
+        self.id.as_str()
+    }
+}
+
+impl From<&EventRow> for Event {
+    fn from(event: &EventRow) -> Self {
+        Event {
+            object: "fine_tuning.job.event",
+            id: event.id.clone(),
+            created_at: event.created_at,
+            level: event.level,
+            message: event.message.clone(),
+            kind: if event.step.is_some() { EventKind::Metrics } else { EventKind::Message },
+            data: event.data.clone(),
+        }
+    }
+}
+
+/// A checkpoint of a job.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = FineTuningJobCheckpoint)]
+pub(super) struct Checkpoint {
+    #[schema(example = "fine_tuning.job.checkpoint")]
+    object: &'static str,
+    id: CheckpointId,
+    created_at: UnixTime,
+    fine_tuning_job_id: JobId,
+    fine_tuned_model_checkpoint: String,
+    step_number: u64,
+    metrics: CheckpointMetrics,
+}
+
+/// The metrics of a checkpoint's last step.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct CheckpointMetrics {
+    step: u64,
+    #[schema(required)]
+    train_loss: Option<f64>,
+}
+
+impl Listed for Checkpoint {
+    fn id(&self) -> &str {
+        self.id.as_str()
+    }
+}
+
+impl Checkpoint {
+    pub fn new(job: &JobRow, row: &CheckpointRow) -> Self {
+        Checkpoint {
+            object: "fine_tuning.job.checkpoint",
+            id: row.id.clone(),
+            created_at: row.created_at,
+            fine_tuning_job_id: job.id.clone(),
+            fine_tuned_model_checkpoint: format!("{}:ckpt-step-{}", job.trained_name(), row.step),
+            step_number: row.step,
+            metrics: CheckpointMetrics { step: row.step, train_loss: row.train_loss },
+        }
+    }
+}
+
+/// A stored file.
+#[derive(Debug, Serialize, ToSchema)]
+#[schema(as = OpenAIFile)]
+pub(super) struct File {
+    #[schema(example = "file")]
+    object: &'static str,
+    id: FileId,
+    bytes: u64,
+    created_at: UnixTime,
+    /// The client's name for it.
+    filename: String,
+    purpose: Purpose,
+    #[schema(example = "processed")]
+    status: &'static str,
+    #[schema(required)]
+    status_details: Option<String>,
+    #[schema(required)]
+    expires_at: Option<UnixTime>,
+}
+
+impl Listed for File {
+    fn id(&self) -> &str {
+        self.id.as_str()
+    }
+}
+
+impl From<&FileRow> for File {
+    fn from(file: &FileRow) -> Self {
+        File {
+            object: "file",
+            id: file.id.clone(),
+            bytes: file.bytes,
+            created_at: file.created_at,
+            filename: file.name.clone(),
+            purpose: file.purpose,
+            status: "processed",
+            status_details: None,
+            expires_at: None,
+        }
+    }
+}
+
+/// A file that is gone.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DeletedFile {
+    #[schema(example = "file")]
+    object: &'static str,
+    id: FileId,
+    deleted: bool,
+}
+
+impl DeletedFile {
+    pub fn new(id: FileId) -> Self {
+        DeletedFile { object: "file", id, deleted: true }
+    }
+}
+
+/// A model that can be trained or sampled.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Model {
+    #[schema(example = "model")]
+    object: &'static str,
+    pub id: String,
+    created: UnixTime,
+    /// `patrickstar`, or the job that trained it.
+    owned_by: String,
+}
+
+impl Listed for Model {
+    fn id(&self) -> &str {
+        &self.id
+    }
+}
+
+impl Model {
+    pub fn new(id: String, created: UnixTime, owned_by: &str) -> Self {
+        Model { object: "model", id, created, owned_by: owned_by.to_owned() }
+    }
+}
+
+/// The service works.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Health {
+    #[schema(example = "ok")]
+    status: &'static str,
+}
+
+/// As it should be.
+pub(super) const HEALTHY: Health = Health { status: "ok" };

@@ -2,11 +2,14 @@
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{OptionalExtension, Row};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{FileId, Page, Seq, Store, StoreError, UnixTime, cursor};
 
 /// What a file is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
 pub enum Purpose {
     /// Data to train on.
     FineTune,

@@ -7,11 +7,12 @@ use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, 
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+use utoipa::ToSchema;
 
 use super::{FileId, JobId, NewEvent, Page, Seq, Store, StoreError, UnixTime, cursor, events, json};
 
 /// Where a job is in its life. It is what the job should be doing: a worker may still be winding down.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Status {
     /// Accepted; its file has not been read yet.
@@ -157,6 +158,14 @@ pub struct JobRow {
     pub failure: Option<Failure>,
     pub fine_tuned_model: Option<String>,
     pub result_file: Option<FileId>,
+}
+
+impl JobRow {
+    /// What clients call the trained model.
+    pub fn trained_name(&self) -> String {
+        let tail = self.id.as_str().trim_start_matches(JobId::PREFIX);
+        format!("ft:{}:patrickstar:{}:{tail}", self.model, self.suffix.as_deref().unwrap_or_default())
+    }
 }
 
 /// Which jobs a list shows.

@@ -11,7 +11,7 @@ use super::process::Ending;
 use super::restart::{Verdict, judge};
 use super::{AFTER_ERROR, Supervisor};
 use crate::service::error::ServiceError;
-use crate::service::store::{Failure, FileId, JobId, JobRow, NewEvent, Purpose, Seq, Status, Store, UnixTime};
+use crate::service::store::{Failure, FileId, JobId, NewEvent, Purpose, Seq, Status, Store, UnixTime};
 use crate::service::worker::protocol::FromWorker;
 
 /// Tries to store an ending. It is not lost if all fail: the job is still running in the database and is started again.
@@ -91,7 +91,7 @@ impl Supervisor {
         let table = self.store.read(move |store| results(store, &wanted)).await?;
         let path = files.join(format!("{file}.jsonl"));
         write_synced(&path, table.as_bytes()).map_err(|error| ServiceError::io(&path, error))?;
-        let model = trained_model(&job);
+        let model = job.trained_name();
         let finish = move |store: &mut Store| {
             store.add_file(&file, "step_metrics.csv", Purpose::FineTuneResults, table.len() as u64)?;
             store.finish_job(&id, &model, Some(&file))
@@ -116,12 +116,6 @@ impl Supervisor {
 /// A time that is at least `wait` away.
 fn later(wait: Duration) -> UnixTime {
     UnixTime(UnixTime::now().0 + wait.as_secs_f64().ceil() as i64)
-}
-
-/// What clients call the trained model.
-fn trained_model(job: &JobRow) -> String {
-    let tail = job.id.as_str().trim_start_matches(JobId::PREFIX);
-    format!("ft:{}:patrickstar:{}:{tail}", job.model, job.suffix.as_deref().unwrap_or_default())
 }
 
 /// The table of a job's metrics, with the columns that clients expect.

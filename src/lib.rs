@@ -2,6 +2,7 @@
 //!
 //! # Layout
 //! - [`cli`]: the commands, one file each.
+//! - [`client`]: what `submit` and `jobs` say to a service.
 //! - [`config`]: one typed configuration with the origin of every value.
 //! - [`data`]: text to batches of tokens.
 //! - [`model`]: blocks, parameters and the custom operations that consume weights.
@@ -12,6 +13,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod data;
 pub mod error;

@@ -37,6 +37,10 @@ pub enum Command {
     Train(TrainArgs),
     /// Train models for others, over HTTP.
     Serve(ServeArgs),
+    /// Give a service a job.
+    Submit(SubmitArgs),
+    /// Look after the jobs of a service.
+    Jobs(JobsArgs),
     /// Train one job of a service.
     #[command(hide = true)]
     Worker,
@@ -147,6 +151,99 @@ pub struct ServeArgs {
     /// Times that a job is restarted without a new checkpoint before it fails.
     #[arg(long, value_name = "TIMES", default_value_t = 5)]
     pub max_restarts: u32,
+}
+
+/// Which service, and how it knows us. The variable PATRICKSTAR_TOKEN holds the token otherwise.
+#[derive(Clone, Debug, Args)]
+pub struct Connection {
+    /// Address of the service.
+    #[arg(long, value_name = "URL", global = true, env = "PATRICKSTAR_URL", default_value = "http://127.0.0.1:8080")]
+    pub url: String,
+    /// File whose first line is the token to show; the variable PATRICKSTAR_TOKEN holds it otherwise.
+    #[arg(long, value_name = "FILE", global = true)]
+    pub token_file: Option<PathBuf>,
+    /// Seconds to wait for a service that is away before a watcher gives up.
+    #[arg(long, value_name = "SECONDS", global = true, default_value_t = 600)]
+    pub patience: u64,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    pub json: bool,
+}
+
+/// Arguments of `submit`.
+#[derive(Debug, Args)]
+pub struct SubmitArgs {
+    /// The configuration, as for train.
+    #[command(flatten)]
+    pub source: ConfigSource,
+    /// What to train on instead of data.path: text files, directories of them, or JSONL; it is uploaded.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub data: Vec<PathBuf>,
+    /// Model of the service to begin with; otherwise the one that the configuration describes.
+    #[arg(long, value_name = "NAME")]
+    pub model: Option<String>,
+    /// Passes over the data, where the configuration sets no train.steps.
+    #[arg(long, value_name = "N")]
+    pub epochs: Option<u32>,
+    /// Part of the trained model's name.
+    #[arg(long, value_name = "NAME")]
+    pub suffix: Option<String>,
+    /// Jobs of a higher priority start first.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    pub priority: i32,
+    /// Watch the job to its end, as `jobs watch` does.
+    #[arg(long)]
+    pub wait: bool,
+    /// The service.
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// Arguments of `jobs`.
+#[derive(Debug, Args)]
+pub struct JobsArgs {
+    /// What to do.
+    #[command(subcommand)]
+    pub action: JobsAction,
+    /// The service.
+    #[command(flatten)]
+    pub connection: Connection,
+}
+
+/// The actions of `jobs`.
+#[derive(Debug, Subcommand)]
+pub enum JobsAction {
+    /// List jobs, newest first.
+    List {
+        /// Most jobs to list.
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        limit: usize,
+    },
+    /// Show a job.
+    Show {
+        /// Its id.
+        id: String,
+    },
+    /// Follow a job to its end. Exit code: 0 succeeded, 1 failed, 3 does not fit, 4 cancelled, 5 no service.
+    Watch {
+        /// Its id.
+        id: String,
+    },
+    /// Finish the step, save a checkpoint, free the device.
+    Pause {
+        /// Its id.
+        id: String,
+    },
+    /// Let a paused job go on, with the same bits.
+    Resume {
+        /// Its id.
+        id: String,
+    },
+    /// End a job.
+    Cancel {
+        /// Its id.
+        id: String,
+    },
 }
 
 /// Arguments of `plan`.

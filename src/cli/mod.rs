@@ -7,15 +7,18 @@ mod config;
 mod doctor;
 mod error;
 mod generate;
+mod jobs;
 mod openapi;
 pub mod output;
 mod plan;
+mod progress;
 mod serve;
+mod submit;
 mod train;
 mod worker;
 
 pub use args::{Cli, Command};
-pub use error::{CliError, DOES_NOT_FIT, ERROR};
+pub use error::{CANCELLED, CliError, DOES_NOT_FIT, ERROR, UNREACHABLE};
 
 use std::process::ExitCode;
 
@@ -39,6 +42,8 @@ pub fn run(command: Command) -> Result<ExitCode, CliError> {
     match command {
         Command::Train(args) => train::run(args),
         Command::Serve(args) => serve::run(args),
+        Command::Submit(args) => submit::run(args),
+        Command::Jobs(args) => jobs::run(args),
         Command::Worker => worker::run(),
         Command::Openapi => openapi::run(),
         Command::Plan(args) => plan::run(args),
@@ -77,6 +82,11 @@ mod tests {
             "config schema",
             "config validate",
             "doctor --json",
+            "submit a.toml --data b.txt c.jsonl --wait --epochs 2",
+            "submit --model gpt-tiny --data b.txt --url http://127.0.0.1:1 --token-file t",
+            "jobs list --limit 5 --json",
+            "jobs watch ftjob-0 --patience 5",
+            "jobs resume ftjob-0 --url http://127.0.0.1:1",
             "completions bash",
         ] {
             Cli::try_parse_from(["patrickstar"].into_iter().chain(line.split(' '))).unwrap();

@@ -1,13 +1,11 @@
 //! `patrickstar train`.
 
-use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use indicatif::{ProgressBar, ProgressStyle};
-
 use super::args::TrainArgs;
+use super::progress::Steps;
 use super::{CliError, output};
 use crate::Error;
 use crate::config::{Config, Sources};
@@ -35,7 +33,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let session = Session::open(config, &start, &mut observer)?;
     observer.message(&session.engine().plan().headline());
     let summary = session.run(&stop, &mut observer)?;
-    observer.finish();
+    observer.steps.finish();
     if args.json {
         output::json(&summary)?;
         return Ok(ExitCode::SUCCESS);
@@ -87,25 +85,14 @@ fn stop_flag() -> Result<Arc<AtomicBool>, CliError> {
 
 /// A progress bar on a terminal, a line every few steps elsewhere; JSON lines on request.
 struct Lines {
-    bar: Option<ProgressBar>,
+    steps: Steps,
     every: u64,
-    total: u64,
     json: bool,
 }
 
 impl Lines {
     fn new(total: u64, every: u64, json: bool) -> Self {
-        let bar = (!json && std::io::stderr().is_terminal()).then(|| {
-            let style = ProgressStyle::with_template("{bar:30} {pos}/{len} [{elapsed} < {eta}] {msg}");
-            ProgressBar::new(total).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
-        });
-        Lines { bar, every: every.max(1), total, json }
-    }
-
-    fn finish(&mut self) {
-        if let Some(bar) = self.bar.take() {
-            bar.finish();
-        }
+        Lines { steps: Steps::new(total, json), every: every.max(1), json }
     }
 }
 
@@ -121,27 +108,20 @@ impl Observer for Lines {
             progress.device_budget,
             progress.host_used,
         );
-        if let Some(bar) = &self.bar {
-            bar.set_position(step);
-            bar.set_message(text);
-        } else if step == 1 || step.is_multiple_of(self.every) || step == self.total {
-            output::note(&format!("step {step}/{}  {text}", self.total));
-            if self.json {
-                let line = serde_json::json!({
-                    "step": step, "loss": report.loss, "learning_rate": report.learning_rate,
-                    "gradient_norm": report.stats.gradient_norm, "tokens_per_second": progress.tokens_per_second,
-                    "stall_ratio": report.stall_ratio(), "chunk_moves": report.stats.stats.chunk_moves(),
-                });
-                // A reader that left is noticed at the last line, which matters.
-                let _ = output::json(&line);
-            }
+        let worth_a_line = step == 1 || step.is_multiple_of(self.every) || step == self.steps.total();
+        self.steps.step(step, &text, worth_a_line);
+        if self.json && worth_a_line {
+            let line = serde_json::json!({
+                "step": step, "loss": report.loss, "learning_rate": report.learning_rate,
+                "gradient_norm": report.stats.gradient_norm, "tokens_per_second": progress.tokens_per_second,
+                "stall_ratio": report.stall_ratio(), "chunk_moves": report.stats.stats.chunk_moves(),
+            });
+            // A reader that left is noticed at the last line, which matters.
+            let _ = output::json(&line);
         }
     }
 
     fn message(&mut self, text: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(text),
-            None => output::note(text),
-        }
+        self.steps.message(text);
     }
 }

@@ -3,6 +3,7 @@
 mod batches;
 mod corpus;
 mod document;
+mod lines;
 mod source;
 mod tokenizer;
 
@@ -12,6 +13,7 @@ use thiserror::Error;
 
 pub use batches::{Batches, DataPosition, NOT_LEARNT, TokenBatch};
 pub use corpus::Corpus;
+pub use lines::JsonLines;
 pub use tokenizer::Tokenizer;
 
 /// Why text cannot be trained on; every message says what to do.

@@ -24,4 +24,6 @@ pub mod tokens;
 pub mod worker;
 
 pub use api::openapi;
+pub(crate) use presets::preset_of_shape;
+pub(crate) use request::RESERVED;
 pub use serve::serve;

@@ -43,6 +43,12 @@ pub fn preset(id: &str) -> Option<Preset> {
     presets().into_iter().find(|preset| preset.id == id)
 }
 
+/// The preset that stands for a shape of the configuration and nothing else; the first GPT-2 where none does.
+pub fn preset_of_shape(shape: &str) -> String {
+    let plain = |preset: &Preset| preset.settings == [("model.preset", shape.to_owned())];
+    presets().into_iter().find(plain).map_or_else(|| "gpt2".to_owned(), |preset| preset.id)
+}
+
 impl Preset {
     /// As `--set` would take them.
     pub fn pairs(&self) -> Vec<String> {

@@ -14,7 +14,8 @@ use crate::config::{Config, ConfigError, Loaded, Origin, Sources};
 use crate::train::device::is_cuda;
 
 /// Keys that name files of the machine: jobs get theirs from the service.
-const RESERVED: [&str; 5] = ["data.path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
+pub(crate) const RESERVED: [&str; 5] =
+    ["data.path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
 /// Passes over the data where nobody says how many.
 const DEFAULT_EPOCHS: u32 = 3;
 

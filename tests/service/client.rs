@@ -59,7 +59,7 @@ impl Service {
 
     pub fn start_with(data: &Path, arguments: &[&str], token: Option<&str>) -> Self {
         let arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
-        let (child, address) = spawn(data, &arguments, token);
+        let (child, address) = spawn(data, "127.0.0.1:0", &arguments, token);
         Service { child, address, data: data.to_owned(), token: token.map(str::to_owned), arguments }
     }
 
@@ -69,8 +69,9 @@ impl Service {
         self.child.wait().unwrap();
     }
 
+    /// At the address that it had: clients that wait for it find it there.
     pub fn restart(&mut self) {
-        let (child, address) = spawn(&self.data, &self.arguments, self.token.as_deref());
+        let (child, address) = spawn(&self.data, &self.address, &self.arguments, self.token.as_deref());
         (self.child, self.address) = (child, address);
     }
 
@@ -232,9 +233,9 @@ impl Drop for Service {
     }
 }
 
-fn spawn(data: &Path, arguments: &[String], token: Option<&str>) -> (Child, String) {
+fn spawn(data: &Path, listen: &str, arguments: &[String], token: Option<&str>) -> (Child, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_patrickstar"));
-    command.args(["serve", "--listen", "127.0.0.1:0", "--data"]).arg(data).args(arguments);
+    command.args(["serve", "--listen", listen, "--data"]).arg(data).args(arguments);
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     if let Some(token) = token {
         command.env("PATRICKSTAR_TOKEN", token);

@@ -21,9 +21,12 @@ fn only_the_service_knows_http_and_the_database() {
     for path in found {
         let text = std::fs::read_to_string(&path).unwrap();
         let place = path.strip_prefix(&root).unwrap();
-        for (name, home) in
-            [("actix_web", "service"), ("actix_multipart", "service/api"), ("rusqlite", "service/store")]
-        {
+        for (name, home) in [
+            ("actix_web", "service"),
+            ("actix_multipart", "service/api"),
+            ("rusqlite", "service/store"),
+            ("ureq", "client"),
+        ] {
             assert!(!text.contains(name) || place.starts_with(home), "{} names {name}", place.display());
         }
         let below =

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 #![allow(clippy::print_stdout)] // the test runner shows what a service said, if the test fails
 
+mod cli;
 mod client;
 mod crash;
 mod jobs;

@@ -1,8 +1,8 @@
 //! What an observer sees of the actors: messages handled, restarts, the last fault. Also where tests plant faults.
 
 use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{OnceLock, PoisonError};
 
 use serde::Serialize;
 
@@ -56,11 +56,39 @@ impl ActorName {
     }
 }
 
+/// Whether an actor works.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Life {
+    /// It does.
+    #[default]
+    Running,
+    /// It panicked, and its successor is on the way.
+    Restoring,
+    /// It panicked too often: the training ends.
+    Failed,
+}
+
+impl Life {
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Life::Running => "running",
+            Life::Restoring => "restoring",
+            Life::Failed => "failed",
+        }
+    }
+}
+
 /// Observable state of one actor.
 #[derive(Clone, Debug, Serialize)]
 pub struct ActorStatus {
     /// Which.
     pub actor: &'static str,
+    /// Whether it works.
+    pub life: Life,
+    /// Messages that wait for it.
+    pub waiting: u64,
     /// Messages handled.
     pub handled: u64,
     /// Times it was restored after a panic.
@@ -78,6 +106,9 @@ struct Vital {
     failures_in_a_row: AtomicU64,
     panic_next: AtomicBool,
     last_fault: Mutex<Option<String>>,
+    life: Mutex<Life>,
+    /// Counts the messages that wait.
+    mailbox: OnceLock<Box<dyn Fn() -> usize + Send + Sync>>,
 }
 
 /// Vital signs of all actors.
@@ -89,6 +120,18 @@ pub struct Health {
 impl Health {
     fn vital(&self, actor: ActorName) -> &Vital {
         &self.vitals[actor as usize]
+    }
+
+    /// Learns how to count the messages that wait. A mailbox is not kept open by that.
+    pub(crate) fn watch_mailbox<M: Send + 'static>(&self, actor: ActorName, sender: &flume::Sender<M>) {
+        let sender = sender.downgrade();
+        let count = move || sender.upgrade().map_or(0, |sender| sender.len());
+        // An actor has one mailbox, however often it is restored.
+        let _ = self.vital(actor).mailbox.set(Box::new(count));
+    }
+
+    pub(crate) fn set_life(&self, actor: ActorName, life: Life) {
+        *self.vital(actor).life.lock().unwrap_or_else(PoisonError::into_inner) = life;
     }
 
     pub(crate) fn handled(&self, actor: ActorName) {
@@ -134,6 +177,8 @@ impl Health {
                 let vital = self.vital(actor);
                 ActorStatus {
                     actor: actor.name(),
+                    life: *vital.life.lock().unwrap_or_else(PoisonError::into_inner),
+                    waiting: vital.mailbox.get().map_or(0, |count| count() as u64),
                     handled: vital.handled.load(Ordering::Relaxed),
                     restarts: vital.restarts.load(Ordering::Relaxed),
                     last_fault: vital.last_fault.lock().unwrap_or_else(PoisonError::into_inner).clone(),

@@ -12,6 +12,7 @@
 //!   part that they have in common, `system` starts them. `planner` is the mind of `eviction`, `updates` the queue of
 //!   `optimizer`.
 //! - `idle`: how long the device had nothing to do, and why.
+//! - [`view`]: what observers on other threads see.
 //! - [`runtime`]: the handle that a model uses.
 
 pub mod adam;
@@ -44,6 +45,7 @@ mod table;
 pub mod timeline;
 pub mod types;
 mod updates;
+pub mod view;
 
 pub use placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 pub use reader::ChunkReader;

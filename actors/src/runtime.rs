@@ -24,6 +24,7 @@ use crate::table::{Access, Requester, Table};
 use crate::timeline::{ResidencySnapshot, Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
 use crate::updates::Updates;
+use crate::view::RuntimeView;
 
 /// Everything a runtime needs to know.
 #[derive(Clone, Debug)]
@@ -232,7 +233,7 @@ impl Runtime {
                     group.side = side;
                 }
             }
-            table.now = Moment(0);
+            (table.step, table.now) = (start.step, Moment(0));
         }
         let before = self.stats();
         self.step = StepState { start, moment: 0, began: Instant::now(), before };
@@ -428,14 +429,7 @@ impl Runtime {
 
     /// Use of a tier.
     pub fn tier_use(&self, tier: Tier) -> TierUse {
-        let table = self.shared.lock();
-        let bytes = |slots: u32| Bytes(u64::from(slots) * self.shared.chunk_bytes().0);
-        TierUse {
-            used: bytes(table.used(tier)),
-            peak: bytes(table.peak[tier.index()]),
-            budget: bytes(table.budget[tier.index()]),
-            capacity: bytes(table.slots[tier.index()].capacity()),
-        }
+        self.shared.lock().tier_use(tier)
     }
 
     /// Chunk bytes per tier and kind.
@@ -471,6 +465,11 @@ impl Runtime {
     /// State of the actors.
     pub fn actors(&self) -> Vec<ActorStatus> {
         self.shared.health.status()
+    }
+
+    /// What another thread may look at while training goes on.
+    pub fn view(&self) -> RuntimeView {
+        RuntimeView { shared: Arc::downgrade(&self.shared), probe: Arc::clone(&self.probe) }
     }
 
     /// Makes an actor panic in the middle of its next piece of work, to test that it is restored.

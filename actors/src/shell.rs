@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use actix::prelude::*;
 
 use crate::error::RuntimeError;
-use crate::health::ActorName;
+use crate::health::{ActorName, Life};
 use crate::shared::Shared;
 use crate::supervisor::{Fault, Supervisor};
 
@@ -76,6 +76,7 @@ impl<W: Worker> Shell<W> {
             }
             Err(panic) => {
                 self.dead = true;
+                self.post.shared.health.set_life(self.post.name, Life::Restoring);
                 let fault = Fault { actor: self.post.name, message: panic_message(&*panic) };
                 // A control message, one per death: it cannot flood anybody.
                 if self.supervisor.try_send(fault).is_err() {
@@ -91,6 +92,7 @@ impl<W: Worker> Actor for Shell<W> {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        self.post.shared.health.set_life(self.post.name, Life::Running);
         let inherited: Vec<W::Message> = self.post.in_hand().drain(..).collect();
         for message in inherited {
             if self.dead {

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use actix::prelude::*;
 
 use crate::error::RuntimeError;
-use crate::health::ActorName;
+use crate::health::{ActorName, Life};
 use crate::shared::Shared;
 
 /// An actor panicked.
@@ -65,6 +65,7 @@ impl Handler<Fault> for Supervisor {
     fn handle(&mut self, fault: Fault, ctx: &mut Self::Context) {
         let times = self.shared.health.restarted(fault.actor, &fault.message);
         if times > MAX_FAILURES_IN_A_ROW {
+            self.shared.health.set_life(fault.actor, Life::Failed);
             self.shared.fail(RuntimeError::ActorFailed {
                 actor: fault.actor.name(),
                 times: times as u32,

@@ -206,6 +206,20 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     let (host_to_device, host_to_device_rx) = flume::bounded(1);
     let (device_to_host, device_to_host_rx) = flume::bounded(1);
     let (disk, disk_rx) = flume::bounded(1);
+    let health = &shared.health;
+    health.watch_mailbox(ActorName::Monitor, &monitor);
+    health.watch_mailbox(ActorName::Reduction, &reduction);
+    health.watch_mailbox(ActorName::Eviction, &shared.bell);
+    for (name, bell) in [
+        (ActorName::HostToDevice, &host_to_device),
+        (ActorName::DeviceToHost, &device_to_host),
+        (ActorName::Disk, &disk),
+    ] {
+        health.watch_mailbox(name, bell);
+    }
+    for (name, bell) in [ActorName::DeviceOptimizer, ActorName::Optimizer].into_iter().zip(&shared.update_bells) {
+        health.watch_mailbox(name, bell);
+    }
     let streams = Streams { host_to_device, device_to_host, disk };
 
     let eviction = {

@@ -163,6 +163,7 @@ pub(crate) struct Table {
     pub budget: [u32; 3],
     pub moves: BTreeMap<MoveId, Move>,
     pub requests: VecDeque<Request>,
+    pub step: Step,
     pub now: Moment,
     pub tick: u64,
     pub stats: Stats,
@@ -175,7 +176,7 @@ pub(crate) struct Table {
     /// For each device slot the end of the last work that the model queued on it: the model runs behind the thread that
     /// queues it, so a slot may still be read when its chunk is not leased any more.
     device_events: Vec<Option<Event>>,
-    chunk_bytes: Bytes,
+    pub chunk_bytes: Bytes,
     next_id: u64,
 }
 
@@ -199,6 +200,7 @@ impl Table {
             slots,
             moves: BTreeMap::new(),
             requests: VecDeque::new(),
+            step: Step(0),
             now: Moment(0),
             tick: 0,
             stats: Stats::default(),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::store::StoreError;
+use super::store::{JobId, StoreError};
 use crate::config::ConfigError;
 
 /// Anything that a request, or the service itself, can run into; every message says what to do.
@@ -60,6 +60,12 @@ pub enum ServiceError {
     /// The service is about to end.
     #[error("the service is shutting down: try again when it is back")]
     Stopping,
+    /// Nobody can be asked about a job that does not run.
+    #[error("job {0} does not run now: this can be seen only while its status is running")]
+    NotRunning(JobId),
+    /// A worker is busy, or not ready yet.
+    #[error("the worker of job {0} does not answer yet: try again in a moment")]
+    NoAnswer(JobId),
     /// The disk is nearly full.
     #[error("the data directory has no room for {need} bytes: delete files or free space")]
     DiskFull {

@@ -8,6 +8,7 @@ mod client;
 mod crash;
 mod jobs;
 mod layers;
+mod observe;
 mod refusals;
 mod routes;
 mod shutdown;

@@ -86,6 +86,19 @@ impl From<HeldState> for ChunkState {
 }
 
 impl ChunkState {
+    /// The word that observers read.
+    pub fn name(self) -> &'static str {
+        match self {
+            ChunkState::Free => "free",
+            ChunkState::Computing { .. } => "compute",
+            ChunkState::Held => "hold",
+            ChunkState::HeldAfterForward => "hold_after_forward",
+            ChunkState::HeldAfterBackward => "hold_after_backward",
+            ChunkState::Moving { .. } => "move",
+            ChunkState::Released => "released",
+        }
+    }
+
     /// The held state, when it is one.
     pub fn held(self) -> Option<HeldState> {
         match self {

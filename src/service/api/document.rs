@@ -12,7 +12,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Ref, RefOr};
 
 use super::error::ErrorAnswer;
-use super::{ROUTES, events, files, health, jobs, models, plan, stream, upload};
+use super::{ROUTES, events, files, health, jobs, models, observe, plan, stream, upload};
 
 /// Name of the way in which requests show a token.
 const TOKEN: &str = "token";
@@ -45,6 +45,8 @@ const TOKEN: &str = "token";
         events::checkpoints,
         plan::plan,
         stream::stream,
+        observe::chunks,
+        observe::actors,
     ),
     components(schemas(ErrorAnswer))
 )]

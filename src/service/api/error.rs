@@ -39,14 +39,15 @@ impl ResponseError for ServiceError {
     fn status_code(&self) -> StatusCode {
         match self {
             ServiceError::Store(StoreError::NoCursor { .. } | StoreError::BadId { .. })
-            | ServiceError::Invalid { .. } => StatusCode::BAD_REQUEST,
+            | ServiceError::Invalid { .. }
+            | ServiceError::NotRunning(_) => StatusCode::BAD_REQUEST,
             ServiceError::Unauthorized => StatusCode::UNAUTHORIZED,
             ServiceError::Forbidden(_) | ServiceError::Origin(_) => StatusCode::FORBIDDEN,
             ServiceError::NotFound { .. } | ServiceError::NoRoute(_) => StatusCode::NOT_FOUND,
             ServiceError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             ServiceError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ServiceError::QueueFull(_) => StatusCode::TOO_MANY_REQUESTS,
-            ServiceError::Stopping => StatusCode::SERVICE_UNAVAILABLE,
+            ServiceError::Stopping | ServiceError::NoAnswer(_) => StatusCode::SERVICE_UNAVAILABLE,
             ServiceError::DiskFull { .. } => StatusCode::INSUFFICIENT_STORAGE,
             ServiceError::Store(_)
             | ServiceError::Io { .. }
@@ -65,6 +66,9 @@ impl ResponseError for ServiceError {
         match self {
             ServiceError::QueueFull(_) | ServiceError::Stopping => {
                 response.insert_header((RETRY_AFTER, RETRY.to_string()));
+            }
+            ServiceError::NoAnswer(_) => {
+                response.insert_header((RETRY_AFTER, "1"));
             }
             ServiceError::Unauthorized => {
                 response.insert_header((WWW_AUTHENTICATE, "Bearer"));
@@ -96,6 +100,8 @@ fn code(error: &ServiceError) -> &str {
         ServiceError::TooLarge { .. } => "too_large",
         ServiceError::QueueFull(_) => "queue_full",
         ServiceError::Stopping => "shutting_down",
+        ServiceError::NotRunning(_) => "job_not_running",
+        ServiceError::NoAnswer(_) => "worker_not_ready",
         ServiceError::DiskFull { .. } => "disk_full",
         _ => "internal_error",
     }

@@ -12,6 +12,7 @@ mod guard;
 mod health;
 mod jobs;
 mod models;
+mod observe;
 mod params;
 mod plan;
 mod stream;
@@ -60,7 +61,7 @@ const fn open(path: &'static str, handler: fn() -> Route) -> Entry {
 }
 
 /// Every route.
-static ROUTES: [Entry; 20] = [
+static ROUTES: [Entry; 22] = [
     open("/livez", || web::get().to(health::live)),
     open("/readyz", || web::get().to(health::ready)),
     entry(Method::GET, "/openapi.json", Scope::Read, || web::get().to(document::document)),
@@ -81,6 +82,8 @@ static ROUTES: [Entry; 20] = [
     entry(Method::GET, "/v1/fine_tuning/jobs/{id}/checkpoints", Scope::Read, || web::get().to(events::checkpoints)),
     entry(Method::POST, "/v1/patrickstar/plan", Scope::Read, || web::post().to(plan::plan)),
     entry(Method::GET, "/v1/patrickstar/jobs/{id}/stream", Scope::Read, || web::get().to(stream::stream)),
+    entry(Method::GET, "/v1/patrickstar/jobs/{id}/chunks", Scope::Read, || web::get().to(observe::chunks)),
+    entry(Method::GET, "/v1/patrickstar/actors", Scope::Read, || web::get().to(observe::actors)),
 ];
 
 /// A server that listens already and answers once it is awaited.

@@ -24,7 +24,7 @@ impl Supervisor {
             Err(error) => {
                 // Its job is unknown here; dropping the task has closed the socket, at which the worker ends.
                 tracing::error!("following a worker ended badly: {error}");
-                self.running.retain(|_, running| !running.orders.is_closed());
+                self.running.remove_lost();
                 return;
             }
         };

@@ -5,18 +5,25 @@
 //! process, a new one finds in the database all that it needs to go on.
 
 mod ending;
+mod handle;
+mod link;
 mod process;
 mod restart;
+mod running;
 mod validate;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 
+pub use self::handle::SupervisorHandle;
+use self::handle::{Command, Counts};
 use self::process::{Ending, Worker};
+use self::running::{Running, RunningJobs};
 use super::error::ServiceError;
 use super::settings::Settings;
 use super::store::{Failure, JobId, JobRow, NewEvent, Status, StoreError, StoreHandle, UnixTime, job_directory};
@@ -28,62 +35,14 @@ const TICK: Duration = Duration::from_millis(250);
 /// Wait after the database refused.
 const AFTER_ERROR: Duration = Duration::from_secs(1);
 
-enum Command {
-    /// The queue has changed.
-    Look,
-    Order(JobId, ToWorker),
-    Stop(oneshot::Sender<()>),
-}
-
-/// Talks to the supervisor.
-#[derive(Clone)]
-pub struct SupervisorHandle {
-    commands: mpsc::UnboundedSender<Command>,
-}
-
-impl SupervisorHandle {
-    /// The queue has changed.
-    pub fn look(&self) {
-        self.send(Command::Look);
-    }
-
-    /// The job was paused in the database.
-    pub fn pause(&self, job: &JobId) {
-        self.send(Command::Order(job.clone(), ToWorker::Pause));
-    }
-
-    /// The job was cancelled in the database.
-    pub fn cancel(&self, job: &JobId) {
-        self.send(Command::Order(job.clone(), ToWorker::Cancel));
-    }
-
-    /// Starts nothing any more and returns when every worker has saved a checkpoint and left.
-    pub async fn stop(&self) {
-        let (done, wait) = oneshot::channel();
-        self.send(Command::Stop(done));
-        // An error means that the supervisor has ended already.
-        drop(wait.await);
-    }
-
-    /// A supervisor that is gone ends the service, which has its own way to notice.
-    fn send(&self, command: Command) {
-        drop(self.commands.send(command));
-    }
-}
-
-/// A job whose worker runs.
-struct Running {
-    device: String,
-    orders: mpsc::UnboundedSender<ToWorker>,
-}
-
 /// Owns the workers.
 pub struct Supervisor {
     settings: Arc<Settings>,
     store: StoreHandle,
     commands: mpsc::UnboundedReceiver<Command>,
     workers: JoinSet<Ending>,
-    running: HashMap<JobId, Running>,
+    counts: Arc<Counts>,
+    running: RunningJobs,
     readers: JoinSet<JobId>,
     reading: HashSet<JobId>,
     stopping: Option<oneshot::Sender<()>>,
@@ -98,12 +57,14 @@ impl Supervisor {
             store,
             commands,
             workers: JoinSet::new(),
-            running: HashMap::new(),
+            counts: Arc::default(),
+            running: RunningJobs::default(),
             readers: JoinSet::new(),
             reading: HashSet::new(),
             stopping: None,
         };
-        (supervisor, SupervisorHandle { commands: sender })
+        let (counts, running) = (Arc::clone(&supervisor.counts), supervisor.running.clone());
+        (supervisor, SupervisorHandle { commands: sender, counts, running })
     }
 
     /// Runs until it is told to stop and all workers have left.
@@ -140,21 +101,14 @@ impl Supervisor {
     }
 
     fn obey(&mut self, command: Command) {
+        self.counts.obeyed.fetch_add(1, Ordering::Relaxed);
         match command {
             Command::Look => {}
-            Command::Order(job, order) => self.order(&job, order),
+            Command::Order(job, order) => self.running.order(&job, order),
             Command::Stop(done) => {
                 self.stopping = Some(done);
-                self.running.values().for_each(|running| drop(running.orders.send(ToWorker::Pause)));
+                self.running.order_all(&ToWorker::Pause);
             }
-        }
-    }
-
-    /// A job that does not run needs no order: it is not started in the state that the database now has.
-    fn order(&self, job: &JobId, order: ToWorker) {
-        if let Some(running) = self.running.get(job) {
-            // The worker may just have ended.
-            drop(running.orders.send(order));
         }
     }
 
@@ -167,10 +121,10 @@ impl Supervisor {
                 self.readers.spawn(read_file(self.settings.clone(), self.store.clone(), job));
             }
         }
-        let mut devices: HashSet<String> = self.running.values().map(|running| running.device.clone()).collect();
+        let mut devices = self.running.devices();
         for (job, not_before) in self.store.read(|store| store.runnable_jobs()).await? {
             // A job that has begun keeps its device while it waits for its next worker.
-            let free = !self.running.contains_key(&job.id) && devices.insert(job.device.clone());
+            let free = !self.running.contains(&job.id) && devices.insert(job.device.clone());
             if free && not_before <= UnixTime::now() {
                 self.start(job).await?;
             }
@@ -194,8 +148,8 @@ impl Supervisor {
             Ok(worker) => {
                 tracing::info!(job = %id, pid = worker.pid(), "started a worker");
                 let (orders, receiver) = mpsc::unbounded_channel();
+                self.running.insert(id.clone(), Running { device: job.device, orders, link: worker.link() });
                 self.workers.spawn(worker.follow(receiver));
-                self.running.insert(id.clone(), Running { device: job.device, orders });
                 self.catch_up(&id).await
             }
             Err(error) => Ok(self.settle_death(&id, &format!("no worker could be started: {error}")).await?),
@@ -215,9 +169,9 @@ impl Supervisor {
     async fn catch_up(&self, id: &JobId) -> Result<(), ServiceError> {
         let wanted = id.clone();
         match self.store.read(move |store| store.job(&wanted)).await?.map(|job| job.status) {
-            Some(Status::Paused) => self.order(id, ToWorker::Pause),
+            Some(Status::Paused) => self.running.order(id, ToWorker::Pause),
             Some(Status::Running) | None => {}
-            Some(_) => self.order(id, ToWorker::Cancel),
+            Some(_) => self.running.order(id, ToWorker::Cancel),
         }
         Ok(())
     }

@@ -6,13 +6,12 @@ use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::link::Link;
 use crate::config::Config;
 use crate::service::error::ServiceError;
 use crate::service::store::{JobId, NewEvent, Report, StoreHandle};
@@ -41,8 +40,8 @@ pub(super) struct Ending {
 pub(super) struct Worker {
     job: JobId,
     child: Child,
-    from: Lines<BufReader<OwnedReadHalf>>,
-    to: OwnedWriteHalf,
+    link: Link,
+    reports: mpsc::Receiver<FromWorker>,
     log: PathBuf,
     log_every: u64,
     store: StoreHandle,
@@ -69,11 +68,10 @@ impl Worker {
             .spawn()
             .map_err(|error| ServiceError::io(&program, error))?;
         let socket = UnixStream::from_std(ours).map_err(|error| ServiceError::io("a socket for the worker", error))?;
-        let (from, to) = socket.into_split();
+        let (link, reports) = Link::new(socket);
         let log_every = config.train.log_every.max(1);
-        let mut worker = Worker { job, child, from: BufReader::new(from).lines(), to, log, log_every, store };
-        worker.tell(&ToWorker::Start { config: Box::new(config) }).await;
-        Ok(worker)
+        link.tell(ToWorker::Start { config: Box::new(config) });
+        Ok(Worker { job, child, link, reports, log, log_every, store })
     }
 
     /// The process.
@@ -81,29 +79,34 @@ impl Worker {
         self.child.id().unwrap_or(0)
     }
 
+    /// The way to it.
+    pub fn link(&self) -> Link {
+        self.link.clone()
+    }
+
     /// Follows the worker to its end, passing on what `orders` says.
     pub async fn follow(mut self, mut orders: mpsc::UnboundedReceiver<ToWorker>) -> Ending {
-        let mut word = None;
+        let (mut word, mut messages) = (None, Vec::new());
         let mut leave_by: Option<Instant> = None;
         loop {
             let deadline = async { tokio::time::sleep_until(leave_by.unwrap_or_else(Instant::now)).await };
             tokio::select! {
-                lines = next_lines(&mut self.from) => {
-                    if lines.is_empty() {
+                count = self.reports.recv_many(&mut messages, TOGETHER) => {
+                    if count == 0 {
                         break;
                     }
-                    let messages: Vec<FromWorker> = lines.iter().filter_map(|line| parse(line)).collect();
                     if messages.last().is_some_and(FromWorker::is_last) {
                         word = messages.last().cloned();
                         leave_by = Some(Instant::now() + LEAVE);
                     }
                     self.take(&messages).await;
+                    messages.clear();
                 }
                 Some(order) = orders.recv() => {
                     if matches!(order, ToWorker::Cancel) {
                         leave_by = Some(Instant::now() + LEAVE);
                     }
-                    self.tell(&order).await;
+                    self.link.tell(order);
                 }
                 () = deadline, if leave_by.is_some() => {
                     self.kill();
@@ -122,14 +125,6 @@ impl Worker {
         Ending { job: self.job, word, death }
     }
 
-    async fn tell(&mut self, message: &ToWorker) {
-        match serde_json::to_string(message) {
-            // A worker that is gone is noticed where its lines end.
-            Ok(line) => drop(self.to.write_all(format!("{line}\n").as_bytes()).await),
-            Err(error) => tracing::error!("a message to a worker cannot be written as JSON: {error}"),
-        }
-    }
-
     fn kill(&mut self) {
         if let Err(error) = self.child.start_kill() {
             tracing::error!(job = %self.job, "the worker cannot be killed: {error}");
@@ -144,7 +139,7 @@ impl Worker {
             match self.store.write(move |store| store.store_report(&job, &stored)).await {
                 Ok(()) => {
                     if let Some((step, _)) = report.progress {
-                        self.tell(&ToWorker::Stored { step }).await;
+                        self.link.tell(ToWorker::Stored { step });
                     }
                     return;
                 }
@@ -153,28 +148,6 @@ impl Worker {
             tokio::time::sleep(Duration::from_secs(1)).await;
         }
         self.kill();
-    }
-}
-
-/// The next line and those that are there already; none at the end.
-async fn next_lines(from: &mut Lines<BufReader<OwnedReadHalf>>) -> Vec<String> {
-    // A line that is not UTF-8, or a socket that fails, is as much the end as the end itself.
-    let Ok(Some(first)) = from.next_line().await else { return Vec::new() };
-    let mut lines = vec![first];
-    while lines.len() < TOGETHER && from.get_ref().buffer().contains(&b'\n') {
-        let Ok(Some(line)) = from.next_line().await else { break };
-        lines.push(line);
-    }
-    lines
-}
-
-fn parse(line: &str) -> Option<FromWorker> {
-    match serde_json::from_str(line) {
-        Ok(message) => Some(message),
-        Err(error) => {
-            tracing::warn!("a worker sent a line that this program does not know: {error}");
-            None
-        }
     }
 }
 
@@ -202,6 +175,8 @@ fn report(messages: &[FromWorker], log_every: u64) -> Report {
             }
             // What these mean for the job is decided by the supervisor.
             FromWorker::Finished { .. } | FromWorker::Failed { .. } => {}
+            // Went to whoever asked.
+            FromWorker::Answer { .. } => {}
         }
     }
     report

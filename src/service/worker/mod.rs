@@ -6,20 +6,24 @@
 
 mod observer;
 pub mod protocol;
+pub mod questions;
+mod responder;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
 use self::observer::Reporter;
 use self::protocol::{FromWorker, Policies, ToWorker};
+use self::questions::Question;
+use self::responder::Shown;
 use crate::config::Config;
 use crate::error::Error;
 use crate::train::session::{Session, Start, Summary};
@@ -58,9 +62,13 @@ pub fn run() -> Result<(), WorkerError> {
     }
     let (retune, retunes) = flume::unbounded();
     let (store, stored) = flume::unbounded();
-    let heard = Arc::clone(&stop);
-    std::thread::spawn(move || listen(lines, &heard, &retune, &store));
-    let mut reporter = Reporter::new(Lines(socket), &config, retunes, stored);
+    let (ask, asked) = flume::bounded(responder::WAITING);
+    let orders = Orders { stop: Arc::clone(&stop), retune, store, ask };
+    std::thread::spawn(move || listen(lines, &orders));
+    let (lines, shown) = (Lines::new(socket), Shown::default());
+    let answering = (lines.clone(), Arc::clone(&shown));
+    std::thread::spawn(move || responder::respond(&asked, &answering.1, &answering.0));
+    let mut reporter = Reporter::new(lines, &config, retunes, stored, shown);
     let last = match train(config, &stop, &mut reporter) {
         Ok(summary) if summary.interrupted => FromWorker::Paused { step: summary.steps },
         Ok(summary) => FromWorker::Finished { step: summary.steps },
@@ -96,20 +104,25 @@ fn lock(path: &Path) -> Result<File, Error> {
     }
 }
 
+/// Where what the service says goes.
+struct Orders {
+    stop: Arc<AtomicBool>,
+    retune: flume::Sender<Policies>,
+    store: flume::Sender<u64>,
+    ask: flume::Sender<(u64, Question)>,
+}
+
 /// Follows the service, and ends the process when it is gone or says so.
-fn listen(
-    lines: impl Iterator<Item = std::io::Result<String>>,
-    stop: &AtomicBool,
-    retune: &flume::Sender<Policies>,
-    store: &flume::Sender<u64>,
-) {
+fn listen(lines: impl Iterator<Item = std::io::Result<String>>, orders: &Orders) {
     for line in lines.map_while(Result::ok) {
         match serde_json::from_str(&line) {
-            Ok(ToWorker::Pause) => stop.store(true, Ordering::Relaxed),
+            Ok(ToWorker::Pause) => orders.stop.store(true, Ordering::Relaxed),
             Ok(ToWorker::Cancel) => break,
             // The training may have ended meanwhile.
-            Ok(ToWorker::Retune(policies)) => drop(retune.send(policies)),
-            Ok(ToWorker::Stored { step }) => drop(store.send(step)),
+            Ok(ToWorker::Retune(policies)) => drop(orders.retune.send(policies)),
+            Ok(ToWorker::Stored { step }) => drop(orders.store.send(step)),
+            // Never waits: whoever has too many questions gets no answer to some.
+            Ok(ToWorker::Ask { id, question }) => drop(orders.ask.try_send((id, question))),
             Ok(ToWorker::Start { .. }) => tracing::warn!("a worker trains one job: another one is ignored"),
             Err(error) => tracing::warn!("the service sent a line that this program does not know: {error}"),
         }
@@ -118,14 +131,22 @@ fn listen(
     std::process::exit(0)
 }
 
-/// The way back to the service.
-struct Lines(UnixStream);
+/// The way back to the service, for reports and answers.
+#[derive(Clone)]
+struct Lines(Arc<Mutex<UnixStream>>);
 
 impl Lines {
+    fn new(socket: UnixStream) -> Self {
+        Lines(Arc::new(Mutex::new(socket)))
+    }
+
     /// A service that is gone is noticed by [`listen`]; what it missed is told by checkpoints.
-    fn send(&mut self, message: &FromWorker) {
+    fn send(&self, message: &FromWorker) {
         match serde_json::to_string(message) {
-            Ok(line) => drop(self.0.write_all(format!("{line}\n").as_bytes())),
+            Ok(line) => {
+                let mut socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                drop(socket.write_all(format!("{line}\n").as_bytes()));
+            }
             Err(error) => tracing::error!("a report cannot be written as JSON: {error}"),
         }
     }

@@ -8,6 +8,7 @@ use patrickstar_actors::types::{Bytes, Step};
 
 use super::Lines;
 use super::protocol::{FromWorker, Policies, StepMetrics};
+use super::responder::Shown;
 use crate::config::Config;
 use crate::error::Error;
 use crate::plan::runtime_policy;
@@ -19,6 +20,7 @@ pub(super) struct Reporter {
     lines: Lines,
     retunes: flume::Receiver<Policies>,
     stored: flume::Receiver<u64>,
+    shown: Shown,
     last_stored: u64,
     last_sent: u64,
     total_steps: u64,
@@ -36,12 +38,14 @@ impl Reporter {
         config: &Config,
         retunes: flume::Receiver<Policies>,
         stored: flume::Receiver<u64>,
+        shown: Shown,
     ) -> Self {
         let tokens_per_step = (config.train.batch * config.train.seq_len) as u64;
         Reporter {
             lines,
             retunes,
             stored,
+            shown,
             last_stored: 0,
             last_sent: 0,
             total_steps: config.train.steps,
@@ -50,13 +54,15 @@ impl Reporter {
         }
     }
 
-    pub fn send(&mut self, message: &FromWorker) {
+    pub fn send(&self, message: &FromWorker) {
         self.lines.send(message);
     }
 
     /// Tells where the session begins. A checkpoint that was saved just before a kill may never have been reported.
     pub fn started(&mut self, session: &Session) {
         let engine = session.engine();
+        // A worker opens one session.
+        let _ = self.shown.set(engine.runtime().view());
         let step = engine.current_step().0;
         if let Some(path) = session.last_checkpoint() {
             self.send(&FromWorker::Checkpoint { step, directory: path.display().to_string(), train_loss: None });

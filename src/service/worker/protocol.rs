@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::questions::{Answer, Question};
 use crate::config::{Config, Policy};
 
 /// From the service.
@@ -24,6 +25,13 @@ pub enum ToWorker {
     },
     /// Use other policies from the next step on.
     Retune(Policies),
+    /// Say something about yourself.
+    Ask {
+        /// Comes back with the answer.
+        id: u64,
+        /// What.
+        question: Question,
+    },
 }
 
 /// Policies that may change while a job runs; what is absent stays. The bits of the training do not depend on them.
@@ -37,7 +45,7 @@ pub struct Policies {
     pub device: Option<u64>,
 }
 
-/// From a worker. The last three end it.
+/// From a worker. The last three end it; answers may come at any time, all else in order.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum FromWorker {
@@ -65,6 +73,13 @@ pub enum FromWorker {
     Log {
         /// The line.
         message: String,
+    },
+    /// What it was asked.
+    Answer {
+        /// Of the question.
+        id: u64,
+        /// What it says.
+        answer: Answer,
     },
     /// Left as asked, with a checkpoint.
     Paused {

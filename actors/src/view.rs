@@ -1,0 +1,99 @@
+//! What an observer on another thread sees of a running training: where every chunk is, and how the actors are.
+
+use std::sync::{Arc, Weak};
+
+use serde::Serialize;
+
+use crate::health::ActorStatus;
+use crate::monitor::MemoryProbe;
+use crate::shared::Shared;
+use crate::stats::TierUse;
+use crate::table::Table;
+use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
+
+/// Looks at a runtime from any thread. It keeps nothing alive: when the runtime has gone there is nothing to see.
+#[derive(Clone)]
+pub struct RuntimeView {
+    pub(crate) shared: Weak<Shared>,
+    pub(crate) probe: Arc<dyn MemoryProbe>,
+}
+
+/// All chunks at one instant.
+#[derive(Clone, Debug, Serialize)]
+pub struct Residency {
+    /// The step that runs, or ran last.
+    pub step: Step,
+    /// How far it has got.
+    pub moment: Moment,
+    /// By `Tier::index`.
+    pub tiers: [TierUse; 3],
+    /// Device memory that is not chunks.
+    pub non_model: Bytes,
+    /// Size of every chunk.
+    pub chunk_bytes: Bytes,
+    /// By `ChunkId`.
+    pub chunks: Vec<ChunkView>,
+}
+
+/// One chunk.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct ChunkView {
+    /// Which.
+    pub id: ChunkId,
+    /// What it holds.
+    pub kind: Kind,
+    /// Whose.
+    pub group: GroupId,
+    /// The nearest tier with a valid copy; `None` for a chunk without contents, or on its first way.
+    pub tier: Option<Tier>,
+    /// As [`crate::chunk::ChunkState::name`].
+    pub state: &'static str,
+}
+
+impl RuntimeView {
+    /// Where every chunk is. The table is locked for microseconds: nobody has to wait for an observer.
+    pub fn residency(&self) -> Option<Residency> {
+        let shared = self.shared.upgrade()?;
+        let non_model = self.probe.live();
+        let chunk_bytes = shared.chunk_bytes();
+        let table = shared.lock();
+        let chunks = shared.layout.chunks().iter().map(|info| ChunkView {
+            id: info.id,
+            kind: info.kind,
+            group: info.group,
+            tier: table.nearest_valid(info.id).map(|(tier, _)| tier),
+            state: table.entry(info.id).state.name(),
+        });
+        Some(Residency {
+            step: table.step,
+            moment: table.now,
+            tiers: Tier::ALL.map(|tier| table.tier_use(tier)),
+            non_model,
+            chunk_bytes,
+            chunks: chunks.collect(),
+        })
+    }
+
+    /// The actors.
+    pub fn actors(&self) -> Option<Vec<ActorStatus>> {
+        Some(self.shared.upgrade()?.health.status())
+    }
+
+    /// A number that grows as long as chunks are used or move: if it stands still, so does the training.
+    pub fn progress(&self) -> Option<u64> {
+        Some(self.shared.upgrade()?.lock().tick)
+    }
+}
+
+impl Table {
+    /// Use of a tier.
+    pub fn tier_use(&self, tier: Tier) -> TierUse {
+        let bytes = |slots: u32| Bytes(u64::from(slots) * self.chunk_bytes.0);
+        TierUse {
+            used: bytes(self.used(tier)),
+            peak: bytes(self.peak[tier.index()]),
+            budget: bytes(self.budget[tier.index()]),
+            capacity: bytes(self.slots[tier.index()].capacity()),
+        }
+    }
+}

@@ -29,7 +29,7 @@ fn a_worker_may_be_killed_at_any_time() {
     for step in [1, 47, 110] {
         service.until_step(&job, step);
         let worker = until("a worker", || service.workers().first().copied());
-        kill(worker);
+        assert!(kill(worker));
         until("the death to be noticed", || (!service.workers().contains(&worker)).then_some(()));
     }
     let shown = service.until_status(&job, "succeeded");
@@ -46,7 +46,7 @@ fn a_worker_that_always_dies_fails_its_job_with_the_reason() {
     let job = service.job(&file, &json!({ "train.steps": 1_000_000, "checkpoint.every": 0 }));
     for _ in 0..2 {
         let worker = until("a worker", || service.workers().first().copied());
-        kill(worker);
+        assert!(kill(worker));
         until("its death", || (!service.workers().contains(&worker)).then_some(()));
     }
     let error = service.until_status(&job, "failed")["error"].clone();

@@ -7,6 +7,7 @@ mod cli;
 mod client;
 mod crash;
 mod jobs;
+mod kills;
 mod layers;
 mod observe;
 mod refusals;

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use patrickstar_actors::types::Bytes;
 
+use crate::config::DeviceKind;
+
 /// Trains transformers larger than the device.
 #[derive(Debug, Parser)]
 #[command(name = "patrickstar", version)]
@@ -44,6 +46,9 @@ pub enum Command {
     /// Train one job of a service.
     #[command(hide = true)]
     Worker,
+    /// Write texts for a service.
+    #[command(hide = true)]
+    Sample,
     /// Print the OpenAPI document of the service.
     #[command(hide = true)]
     Openapi,
@@ -148,6 +153,12 @@ pub struct ServeArgs {
     /// Jobs that may wait.
     #[arg(long, value_name = "JOBS", default_value_t = 1000)]
     pub max_waiting: usize,
+    /// Texts that are written at a time, each by a process with a model of its own.
+    #[arg(long, value_name = "TEXTS", default_value_t = 2)]
+    pub max_samplers: usize,
+    /// Where texts are computed: cpu, cuda or auto; a GPU is then shared with the job that trains on it.
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub sample_device: DeviceKind,
     /// Times that a job is restarted without a new checkpoint before it fails.
     #[arg(long, value_name = "TIMES", default_value_t = 5)]
     pub max_restarts: u32,

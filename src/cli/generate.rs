@@ -4,12 +4,8 @@ use std::process::ExitCode;
 
 use super::args::GenerateArgs;
 use super::{CliError, output};
-use crate::config::Config;
-use crate::data::Tokenizer;
-use crate::train::Engine;
 use crate::train::engine::StepReport;
-use crate::train::model::build;
-use crate::train::sample::{Sampling, generate};
+use crate::train::sample::{Sampler, Sampling};
 use crate::train::session::{Observer, Progress, open_or_latest};
 
 struct Notes;
@@ -23,13 +19,10 @@ impl Observer for Notes {
 
 pub fn run(args: GenerateArgs) -> Result<ExitCode, CliError> {
     let checkpoint = open_or_latest(&args.checkpoint, &mut Notes)?;
-    let mut config: Config = toml::from_str(&checkpoint.meta().config_toml)
-        .map_err(|error| crate::Error::Failed(format!("the checkpoint's configuration is unreadable: {error}")))?;
-    let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
-    let (model, blocks) = build(&mut config, &tokenizer)?;
-    let mut engine = Engine::load(config, blocks, &checkpoint)?;
-    let sampling = Sampling { temperature: args.temperature, top_k: args.top_k, seed: args.seed };
-    let text = generate(&mut engine, &tokenizer, &args.prompt, args.tokens, model.context, sampling)?;
+    let mut sampler = Sampler::load(&checkpoint, |_| {})?;
+    let sampling =
+        Sampling { temperature: args.temperature, top_k: args.top_k, top_p: 1.0, seed: args.seed, stream: 0 };
+    let text = sampler.begin(&args.prompt, sampling)?.run(args.tokens)?;
     if args.json {
         output::json(&serde_json::json!({"step": checkpoint.meta().step, "text": text}))?;
     } else {

@@ -12,6 +12,7 @@ mod openapi;
 pub mod output;
 mod plan;
 mod progress;
+mod sample;
 mod serve;
 mod submit;
 mod train;
@@ -45,6 +46,7 @@ pub fn run(command: Command) -> Result<ExitCode, CliError> {
         Command::Submit(args) => submit::run(args),
         Command::Jobs(args) => jobs::run(args),
         Command::Worker => worker::run(),
+        Command::Sample => sample::run(),
         Command::Openapi => openapi::run(),
         Command::Plan(args) => plan::run(args),
         Command::Bench(args) => bench::run(args),

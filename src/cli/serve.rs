@@ -18,11 +18,13 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
         data: args.data,
         config: args.config,
         allowed_hosts: args.allowed_host,
+        sample_device: args.sample_device,
         tokens: Tokens::load(args.token_file.as_deref(), token.as_deref()).map_err(failed)?,
         limits: Limits {
             upload: args.max_upload.0,
             waiting_jobs: args.max_waiting,
             restarts: args.max_restarts,
+            samplers: args.max_samplers,
             ..Limits::default()
         },
     };

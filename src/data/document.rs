@@ -4,6 +4,8 @@
 
 use serde_json::{Map, Value};
 
+/// Ends a message of a conversation: a model that is to answer must also learn when to stop.
+pub const END_OF_MESSAGE: &str = "<|end|>";
 /// What marks the parts of a conversation in the text that the model sees.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 
@@ -50,8 +52,9 @@ impl Document {
             Document::Messages(messages) => {
                 let mut parts = Vec::new();
                 for message in messages {
-                    parts.push((format!("<|{}|>\n", message.role), false));
-                    parts.push((message.content + "\n", message.learnt));
+                    parts.push((opening(&message.role), false));
+                    parts.push((message.content + END_OF_MESSAGE, message.learnt));
+                    parts.push(("\n".to_owned(), false));
                 }
                 parts.push(("\n".to_owned(), false));
                 parts
@@ -60,22 +63,38 @@ impl Document {
     }
 }
 
+fn opening(role: &str) -> String {
+    format!("<|{role}|>\n")
+}
+
+/// The text of a conversation up to where an assistant's answer begins, as in training.
+pub fn chat_prompt(messages: &Value) -> Result<String, String> {
+    let parts = Document::Messages(read_messages(messages)?).parts();
+    // The last part ends the conversation, which goes on here.
+    let said = parts.iter().take(parts.len() - 1).map(|(text, _)| text.as_str());
+    Ok(said.collect::<String>() + &opening("assistant"))
+}
+
 fn string(object: &Map<String, Value>, field: &str) -> Result<String, String> {
     let text = object.get(field).and_then(Value::as_str);
     text.map(str::to_owned).ok_or_else(|| format!("no string field `{field}`: add it"))
 }
 
 fn parse_messages(messages: &Value) -> Result<Document, String> {
+    let parsed = read_messages(messages)?;
+    if !parsed.iter().any(|message| message.learnt) {
+        return Err("no assistant message to learn from: add one, or raise its weight".into());
+    }
+    Ok(Document::Messages(parsed))
+}
+
+fn read_messages(messages: &Value) -> Result<Vec<Message>, String> {
     let messages = messages.as_array().ok_or("`messages` is not a list")?;
     let parsed = messages
         .iter()
         .enumerate()
         .map(|(index, message)| parse_message(message).map_err(|reason| format!("message {}: {reason}", index + 1)));
-    let parsed = parsed.collect::<Result<Vec<_>, _>>()?;
-    if !parsed.iter().any(|message| message.learnt) {
-        return Err("no assistant message to learn from: add one, or raise its weight".into());
-    }
-    Ok(Document::Messages(parsed))
+    parsed.collect()
 }
 
 fn parse_message(message: &Value) -> Result<Message, String> {
@@ -125,12 +144,16 @@ mod tests {
         let mut tokens = vec![0; whole];
         corpus.copy_tokens(0, &mut tokens);
         let text = Tokenizer::Bytes.decode(&tokens);
-        assert_eq!(text, "<|user|>\nhi\n<|assistant|>\nyes\n<|assistant|>\nno\n\n2+2=4\nplain");
+        let talk = "<|user|>\nhi<|end|>\n<|assistant|>\nyes<|end|>\n<|assistant|>\nno<|end|>\n\n";
+        assert_eq!(text, format!("{talk}2+2=4\nplain"));
+        // An answer begins where training had one.
+        let asked = chat_prompt(&serde_json::json!([{ "role": "user", "content": "hi" }])).unwrap();
+        assert!(talk.starts_with(&asked) && talk[asked.len()..].starts_with("yes"), "{asked}");
         let mut batches = Batches::new(corpus, whole - 1, 1, 0, false).unwrap();
         let batch = batches.next_batch();
         let learnt = batch.target.iter().filter(|&&token| token != NOT_LEARNT);
         let learnt: String = learnt.map(|&token| char::from(token as u8)).collect();
-        assert_eq!(learnt, "yes\n4\nplain");
+        assert_eq!(learnt, "yes<|end|>4\nplain");
     }
 
     #[test]

@@ -13,6 +13,7 @@ use thiserror::Error;
 
 pub use batches::{Batches, DataPosition, NOT_LEARNT, TokenBatch};
 pub use corpus::Corpus;
+pub use document::{END_OF_MESSAGE, chat_prompt};
 pub use lines::JsonLines;
 pub use tokenizer::Tokenizer;
 

@@ -57,6 +57,12 @@ pub enum ServiceError {
     /// As many jobs wait as may.
     #[error("{0} jobs wait already: try again when some have ended")]
     QueueFull(usize),
+    /// As many texts are written as may.
+    #[error("{0} texts are being written already: try again when one is done")]
+    SamplersBusy(usize),
+    /// A text was not finished.
+    #[error("{0}")]
+    Sampling(String),
     /// The service is about to end.
     #[error("the service is shutting down: try again when it is back")]
     Stopping,

@@ -7,15 +7,20 @@
 //! - [`store`]: what must not be forgotten.
 //! - [`worker`]: the process that trains one job, and the words it exchanges with the service.
 //! - [`supervisor`]: which job trains when.
+//! - [`sampler`]: the process that writes texts with a trained model; `samplers` starts, shares and ends them.
+//! - `child`: how both kinds of processes are started.
 //! - `api`: the HTTP interface; `request`, `hyperparameters` and `presets` make a client's wishes into a configuration.
 //! - [`tokens`], [`settings`]: who may do what, and how much of it.
 //! - `serve`: start and end of it all.
 
 mod api;
+mod child;
 pub mod error;
 mod hyperparameters;
 mod presets;
 mod request;
+pub mod sampler;
+mod samplers;
 mod serve;
 pub mod settings;
 pub mod store;

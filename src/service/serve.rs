@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::api::{self, State};
 use super::error::ServiceError;
+use super::samplers::Samplers;
 use super::settings::Settings;
 use super::store::{FileId, StoreHandle};
 use super::supervisor::Supervisor;
@@ -51,7 +52,8 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     let (stop, stopping) = watch::channel(false);
     let (supervisor, handle) = Supervisor::new(Arc::clone(&settings), store.clone());
     let mut supervising = tokio::spawn(supervisor.run());
-    let (server, address) = api::server(State { settings, store, supervisor: handle.clone(), stopping })?;
+    let samplers = Samplers::new(settings.sample_device, settings.limits);
+    let (server, address) = api::server(State { settings, store, supervisor: handle.clone(), samplers, stopping })?;
     let control = server.handle();
     let mut serving = actix_web::rt::spawn(server);
     ready(address);

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::error::ServiceError;
 use super::tokens::Tokens;
+use crate::config::DeviceKind;
 
 /// What `patrickstar serve` was told.
 #[derive(Clone, Debug)]
@@ -16,6 +17,8 @@ pub struct Settings {
     pub data: PathBuf,
     /// Configuration that all jobs begin with.
     pub config: Option<PathBuf>,
+    /// Where texts are computed.
+    pub sample_device: DeviceKind,
     /// Names besides IP addresses and localhost by which clients may call.
     pub allowed_hosts: Vec<String>,
     /// Who may do what; nobody has to show a token if there are none.
@@ -37,6 +40,12 @@ pub struct Limits {
     pub waiting_jobs: usize,
     /// Bytes of disk that uploads leave free.
     pub disk_reserve: u64,
+    /// Texts that are written at a time, and models that are kept loaded.
+    pub samplers: usize,
+    /// Time that the continuations of one request may take.
+    pub sampling: Duration,
+    /// How long a model is kept loaded for the next request.
+    pub warm: Duration,
     /// Deaths of a job's worker without a new checkpoint between them.
     pub restarts: u32,
     /// Wait before the first restart; it doubles with each.
@@ -51,6 +60,9 @@ impl Default for Limits {
             line: 8 << 20,
             waiting_jobs: 1000,
             disk_reserve: 256 << 20,
+            samplers: 2,
+            sampling: Duration::from_secs(300),
+            warm: Duration::from_secs(30),
             restarts: 5,
             restart_delay: Duration::from_secs(1),
         }

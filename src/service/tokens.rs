@@ -18,7 +18,7 @@ const SHORTEST: usize = 16;
 pub enum Scope {
     /// Look.
     Read,
-    /// Upload, create, pause, cancel.
+    /// Upload, create, pause, cancel, have texts written.
     Write,
     /// Change the service.
     Admin,

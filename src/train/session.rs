@@ -341,7 +341,8 @@ impl Session {
         if count == 0 {
             return Ok(None);
         }
-        let sampling = Sampling { temperature: 0.8, top_k: Some(40), seed: self.config.train.seed };
+        let sampling =
+            Sampling { temperature: 0.8, top_k: Some(40), top_p: 1.0, seed: self.config.train.seed, stream: 0 };
         let prompt = self.config.train.sample_prompt.clone();
         let context = self.model.context;
         generate(&mut self.engine, &self.tokenizer, &prompt, count, context, sampling).map(Some)

@@ -5,6 +5,7 @@
 
 mod cli;
 mod client;
+mod completions;
 mod crash;
 mod jobs;
 mod kills;

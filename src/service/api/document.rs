@@ -12,7 +12,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Ref, RefOr};
 
 use super::error::ErrorAnswer;
-use super::{ROUTES, events, files, health, jobs, models, observe, plan, stream, upload};
+use super::{ROUTES, completions, events, files, health, jobs, models, observe, plan, stream, upload};
 
 /// Name of the way in which requests show a token.
 const TOKEN: &str = "token";
@@ -30,6 +30,8 @@ const TOKEN: &str = "token";
         health::ready,
         models::list,
         models::retrieve,
+        completions::text,
+        completions::chat,
         upload::create,
         files::list,
         files::retrieve,
@@ -63,7 +65,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     let mut document = Handlers::openapi();
     let bearer = SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer));
     document.components.get_or_insert_default().add_security_scheme(TOKEN, bearer);
-    for entry in &ROUTES {
+    for entry in ROUTES {
         let item = document.paths.paths.get_mut(entry.path);
         let Some(operation) = item.and_then(|item| operation(item, entry.method.as_str())) else { continue };
         operation.operation_id = Some(operation_id(entry.method.as_str(), entry.path));

@@ -46,8 +46,10 @@ impl ResponseError for ServiceError {
             ServiceError::NotFound { .. } | ServiceError::NoRoute(_) => StatusCode::NOT_FOUND,
             ServiceError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             ServiceError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            ServiceError::QueueFull(_) => StatusCode::TOO_MANY_REQUESTS,
-            ServiceError::Stopping | ServiceError::NoAnswer(_) => StatusCode::SERVICE_UNAVAILABLE,
+            ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) => StatusCode::TOO_MANY_REQUESTS,
+            ServiceError::Stopping | ServiceError::NoAnswer(_) | ServiceError::Sampling(_) => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
             ServiceError::DiskFull { .. } => StatusCode::INSUFFICIENT_STORAGE,
             ServiceError::Store(_)
             | ServiceError::Io { .. }
@@ -64,7 +66,7 @@ impl ResponseError for ServiceError {
         }
         let mut response = HttpResponse::build(status);
         match self {
-            ServiceError::QueueFull(_) | ServiceError::Stopping => {
+            ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) | ServiceError::Stopping => {
                 response.insert_header((RETRY_AFTER, RETRY.to_string()));
             }
             ServiceError::NoAnswer(_) => {
@@ -73,10 +75,19 @@ impl ResponseError for ServiceError {
             ServiceError::Unauthorized => {
                 response.insert_header((WWW_AUTHENTICATE, "Bearer"));
             }
+            // What went wrong once costs as much the next time; clients of OpenAI's ask this.
+            ServiceError::Sampling(_) => {
+                response.insert_header(("x-should-retry", "false"));
+            }
             _ => {}
         }
-        response.json(envelope(status, &self.to_string(), param(self), Some(code(self))))
+        response.json(refusal(self))
     }
+}
+
+/// An error as clients read it.
+pub(super) fn refusal(error: &ServiceError) -> ErrorAnswer {
+    envelope(error.status_code(), &error.to_string(), param(error), Some(code(error)))
 }
 
 fn param(error: &ServiceError) -> Option<&str> {
@@ -99,6 +110,8 @@ fn code(error: &ServiceError) -> &str {
         ServiceError::Method(_) => "method_not_allowed",
         ServiceError::TooLarge { .. } => "too_large",
         ServiceError::QueueFull(_) => "queue_full",
+        ServiceError::SamplersBusy(_) => "samplers_busy",
+        ServiceError::Sampling(_) => "sampling_failed",
         ServiceError::Stopping => "shutting_down",
         ServiceError::NotRunning(_) => "job_not_running",
         ServiceError::NoAnswer(_) => "worker_not_ready",

@@ -4,6 +4,7 @@
 //! needs, so a route that is not in it does not exist and one that is cannot be open by mistake. Each is described in
 //! [`document`].
 
+mod completions;
 mod document;
 mod error;
 mod events;
@@ -27,6 +28,7 @@ use actix_web::{App, HttpRequest, HttpResponse, HttpServer, Route, web};
 use tokio::sync::watch;
 
 use super::error::ServiceError;
+use super::samplers::Samplers;
 use super::settings::Settings;
 use super::store::StoreHandle;
 use super::supervisor::SupervisorHandle;
@@ -39,6 +41,7 @@ pub(super) struct State {
     pub settings: Arc<Settings>,
     pub store: StoreHandle,
     pub supervisor: SupervisorHandle,
+    pub samplers: Samplers,
     /// Turns true when the service begins to end.
     pub stopping: watch::Receiver<bool>,
 }
@@ -61,12 +64,14 @@ const fn open(path: &'static str, handler: fn() -> Route) -> Entry {
 }
 
 /// Every route.
-static ROUTES: [Entry; 22] = [
+static ROUTES: &[Entry] = &[
     open("/livez", || web::get().to(health::live)),
     open("/readyz", || web::get().to(health::ready)),
     entry(Method::GET, "/openapi.json", Scope::Read, || web::get().to(document::document)),
     entry(Method::GET, "/v1/models", Scope::Read, || web::get().to(models::list)),
     entry(Method::GET, "/v1/models/{id}", Scope::Read, || web::get().to(models::retrieve)),
+    entry(Method::POST, "/v1/completions", Scope::Write, || web::post().to(completions::text)),
+    entry(Method::POST, "/v1/chat/completions", Scope::Write, || web::post().to(completions::chat)),
     entry(Method::POST, "/v1/files", Scope::Write, || web::post().to(upload::create)),
     entry(Method::GET, "/v1/files", Scope::Read, || web::get().to(files::list)),
     entry(Method::GET, "/v1/files/{id}", Scope::Read, || web::get().to(files::retrieve)),

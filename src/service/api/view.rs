@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
+use super::completions::STEP_MARK;
 use crate::service::hyperparameters::HyperparametersShape;
 use crate::service::store::{
     CheckpointId, CheckpointRow, EventId, EventRow, FileId, FileRow, JobId, JobRow, Level, Purpose, Status, UnixTime,
@@ -256,7 +257,7 @@ impl Checkpoint {
             id: row.id.clone(),
             created_at: row.created_at,
             fine_tuning_job_id: job.id.clone(),
-            fine_tuned_model_checkpoint: format!("{}:ckpt-step-{}", job.trained_name(), row.step),
+            fine_tuned_model_checkpoint: format!("{}{STEP_MARK}{}", job.trained_name(), row.step),
             step_number: row.step,
             metrics: CheckpointMetrics { step: row.step, train_loss: row.train_loss },
         }

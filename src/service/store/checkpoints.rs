@@ -1,6 +1,6 @@
 //! Checkpoints that a job has saved.
 
-use rusqlite::{Connection, Row};
+use rusqlite::{Connection, OptionalExtension, Row};
 
 use super::{CheckpointId, JobId, Page, Seq, Store, StoreError, UnixTime, cursor};
 
@@ -74,6 +74,19 @@ impl Store {
         let mut statement = self.connection.prepare(sql)?;
         let rows = statement.query_map((job, before, limit as i64 + 1), read)?;
         Ok(Page::cut(rows.collect::<Result<_, _>>()?, limit))
+    }
+
+    /// A checkpoint that still exists.
+    pub fn checkpoint(&self, id: &CheckpointId) -> Result<Option<CheckpointRow>, StoreError> {
+        let sql = "SELECT * FROM checkpoints WHERE id = ?1 AND NOT removed";
+        Ok(self.connection.query_row(sql, [id], read).optional()?)
+    }
+
+    /// The checkpoint of a job after `step`, if it still exists; the newest if no step is named.
+    pub fn checkpoint_at(&self, job: &JobId, step: Option<u64>) -> Result<Option<CheckpointRow>, StoreError> {
+        let sql = "SELECT * FROM checkpoints WHERE job = ?1 AND step = coalesce(?2, step) AND NOT removed \
+                   ORDER BY step DESC LIMIT 1";
+        Ok(self.connection.query_row(sql, (job, step.map(|step| step as i64)), read).optional()?)
     }
 
     /// Marks checkpoints whose directories training has removed.

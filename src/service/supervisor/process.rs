@@ -1,21 +1,19 @@
 //! One worker process: started, followed until it has ended, its reports stored as they come.
 
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use serde_json::json;
-use tokio::net::UnixStream;
-use tokio::process::{Child, Command};
+use tokio::process::Child;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::link::Link;
 use crate::config::Config;
+use crate::service::child;
 use crate::service::error::ServiceError;
 use crate::service::store::{JobId, NewEvent, Report, StoreHandle};
-use crate::service::tokens::TOKEN_VARIABLE;
 use crate::service::worker::protocol::{FromWorker, StepMetrics, ToWorker};
 
 /// How long a worker may take to leave when it was told to leave at once, or has said its last word.
@@ -53,21 +51,7 @@ impl Worker {
         std::fs::create_dir_all(directory).map_err(|error| ServiceError::io(directory, error))?;
         let log = directory.join("worker.log");
         let log_file = std::fs::File::create(&log).map_err(|error| ServiceError::io(&log, error))?;
-        let program = std::env::current_exe().map_err(|error| ServiceError::io("the program itself", error))?;
-        let (ours, theirs) = std::os::unix::net::UnixStream::pair()
-            .and_then(|(ours, theirs)| ours.set_nonblocking(true).map(|()| (ours, theirs)))
-            .map_err(|error| ServiceError::io("a socket for the worker", error))?;
-        let child = Command::new(&program)
-            .arg("worker")
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::from(log_file))
-            // Ctrl-C in a terminal is for the service, which then tells its workers.
-            .process_group(0)
-            .env_remove(TOKEN_VARIABLE)
-            .spawn()
-            .map_err(|error| ServiceError::io(&program, error))?;
-        let socket = UnixStream::from_std(ours).map_err(|error| ServiceError::io("a socket for the worker", error))?;
+        let (child, socket) = child::start("worker", Stdio::from(log_file))?;
         let (link, reports) = Link::new(socket);
         let log_every = config.train.log_every.max(1);
         link.tell(ToWorker::Start { config: Box::new(config) });

@@ -11,19 +11,17 @@ mod responder;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use thiserror::Error;
-
 use self::observer::Reporter;
 use self::protocol::{FromWorker, Policies, ToWorker};
 use self::questions::Question;
 use self::responder::Shown;
+use super::child::{self, ChildError};
 use crate::config::Config;
 use crate::error::Error;
 use crate::train::session::{Session, Start, Summary};
@@ -31,34 +29,20 @@ use crate::train::session::{Session, Start, Summary};
 /// How long a worker waits for the one before it, which may be writing a large checkpoint.
 const LOCK_PATIENCE: Duration = Duration::from_secs(120);
 
-/// Why a worker cannot even begin.
-#[derive(Debug, Error)]
-pub enum WorkerError {
-    /// There is no socket.
-    #[error("standard input is not a socket of the service ({0}): workers are started by `patrickstar serve`")]
-    NoService(std::io::Error),
-    /// The first line is not a job.
-    #[error("the service sent no job: {0}")]
-    NoJob(String),
-    /// Signals cannot be caught.
-    #[error("signals cannot be handled: {0}")]
-    Signals(std::io::Error),
-}
-
 /// Trains the job that the service sends; whatever becomes of it is reported there.
-pub fn run() -> Result<(), WorkerError> {
-    let socket = UnixStream::from(std::io::stdin().as_fd().try_clone_to_owned().map_err(WorkerError::NoService)?);
-    let mut lines = BufReader::new(socket.try_clone().map_err(WorkerError::NoService)?).lines();
-    let first = lines.next().ok_or_else(|| WorkerError::NoJob("it has gone".into()))?;
-    let first = first.map_err(WorkerError::NoService)?;
+pub fn run() -> Result<(), ChildError> {
+    let socket = child::service_socket()?;
+    let mut lines = BufReader::new(socket.try_clone().map_err(ChildError::NoService)?).lines();
+    let first = lines.next().ok_or_else(|| ChildError::NoWork("it has gone".into()))?;
+    let first = first.map_err(ChildError::NoService)?;
     let config = match serde_json::from_str(&first) {
         Ok(ToWorker::Start { config }) => *config,
-        Ok(other) => return Err(WorkerError::NoJob(format!("but {other:?}"))),
-        Err(error) => return Err(WorkerError::NoJob(error.to_string())),
+        Ok(other) => return Err(ChildError::NoWork(format!("but {other:?}"))),
+        Err(error) => return Err(ChildError::NoWork(error.to_string())),
     };
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(WorkerError::Signals)?;
+        signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(ChildError::Signals)?;
     }
     let (retune, retunes) = flume::unbounded();
     let (store, stored) = flume::unbounded();

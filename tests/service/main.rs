@@ -11,6 +11,7 @@ mod jobs;
 mod kills;
 mod layers;
 mod observe;
+mod page;
 mod refusals;
 mod routes;
 mod shutdown;

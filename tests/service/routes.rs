@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::client::Service;
 
 /// Routes that anybody may call.
-const OPEN: [(&str, &str); 2] = [("GET", "/livez"), ("GET", "/readyz")];
+const OPEN: [(&str, &str); 3] = [("GET", "/"), ("GET", "/livez"), ("GET", "/readyz")];
 const METHODS: [&str; 8] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"];
 /// From the smallest on.
 const SCOPES: [&str; 3] = ["read", "write", "admin"];

@@ -12,7 +12,7 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Ref, RefOr};
 
 use super::error::ErrorAnswer;
-use super::{ROUTES, completions, events, files, health, jobs, models, observe, plan, stream, upload};
+use super::{ROUTES, completions, events, files, health, jobs, models, observe, page, plan, stream, upload};
 
 /// Name of the way in which requests show a token.
 const TOKEN: &str = "token";
@@ -26,6 +26,7 @@ const TOKEN: &str = "token";
     ),
     paths(
         document,
+        page::live,
         health::live,
         health::ready,
         models::list,

@@ -14,6 +14,7 @@ mod health;
 mod jobs;
 mod models;
 mod observe;
+mod page;
 mod params;
 mod plan;
 mod stream;
@@ -65,6 +66,7 @@ const fn open(path: &'static str, handler: fn() -> Route) -> Entry {
 
 /// Every route.
 static ROUTES: &[Entry] = &[
+    open("/", || web::get().to(page::live)),
     open("/livez", || web::get().to(health::live)),
     open("/readyz", || web::get().to(health::ready)),
     entry(Method::GET, "/openapi.json", Scope::Read, || web::get().to(document::document)),

@@ -91,22 +91,34 @@ fn fill_by_blocks(seed: u64, stream: u64, first: u64, out: &mut [f32], draw: imp
     }
 }
 
-/// Dropout decisions of one operation in one pass: `keep(element)`.
+/// Dropout decisions of one operation in one pass. Each element has 16 bits of its own.
 #[derive(Clone, Debug)]
 pub struct Mask {
     seed: u64,
     stream: u64,
+    /// Of 2^16 equally likely numbers the first so many drop the element.
     threshold: u32,
 }
 
+const CHOICES: u32 = 1 << 16;
+/// Elements whose choices are one block of random numbers.
+const CHOICES_PER_BLOCK: u64 = 8;
+
 impl Mask {
-    /// Drops with probability `p`; `op` tells operations of a block apart.
+    /// Drops with probability `p`, rounded to a multiple of 2^-16; `op` tells operations of a block apart.
     pub fn new(p: f64, ctx: &Context, op: u32) -> Self {
         let place = (ctx.block as u64) << 40 ^ (ctx.micro as u64) << 8 ^ u64::from(op);
         // The step goes through one more block, so that streams of neighbouring steps have nothing in common.
         let mixed = block(ctx.seed, stream_of("dropout"), ctx.step.0);
         let stream = place ^ u64::from(mixed[0]) << 32 ^ u64::from(mixed[1]);
-        Mask { seed: ctx.seed, stream, threshold: (p.clamp(0.0, 1.0) * f64::from(u32::MAX)) as u32 }
+        // Something always stays, so that the scale is finite.
+        let threshold = ((p * f64::from(CHOICES)).round() as u32).min(CHOICES - 1);
+        Mask { seed: ctx.seed, stream, threshold }
+    }
+
+    /// What elements that stay are multiplied with, so that the expectation is what it was.
+    pub fn scale(&self) -> f32 {
+        (f64::from(CHOICES) / f64::from(CHOICES - self.threshold)) as f32
     }
 
     /// Seed, stream and threshold, for kernels that draw the same numbers.
@@ -115,11 +127,17 @@ impl Mask {
         (self.seed, self.stream, self.threshold)
     }
 
-    /// Writes 0 or `scale` for elements `first..`.
-    pub fn write(&self, first: u64, scale: f32, out: &mut [f32]) {
-        for (offset, value) in out.iter_mut().enumerate() {
-            let element = first + offset as u64;
-            let bits = block(self.seed, self.stream, element / 4)[(element % 4) as usize];
+    /// Writes 0 or the scale for elements `first..`.
+    pub fn write(&self, first: u64, out: &mut [f32]) {
+        let scale = self.scale();
+        let mut current = (u64::MAX, [0; 4]);
+        for (element, value) in (first..).zip(out) {
+            let index = element / CHOICES_PER_BLOCK;
+            if current.0 != index {
+                current = (index, block(self.seed, self.stream, index));
+            }
+            let place = (element % CHOICES_PER_BLOCK) as usize;
+            let bits = current.1[place / 2] >> (16 * (place % 2)) & (CHOICES - 1);
             *value = if bits >= self.threshold { scale } else { 0.0 };
         }
     }
@@ -127,6 +145,8 @@ impl Mask {
 
 #[cfg(test)]
 mod tests {
+    use patrickstar_actors::types::Step;
+
     use super::*;
 
     #[test]
@@ -167,6 +187,26 @@ mod tests {
         for distance in 1..4 {
             let products = values.iter().zip(&values[distance..]).map(|(a, b)| f64::from(a * b)).sum::<f64>();
             assert!((products / COUNT as f64).abs() < 5e-3, "distance {distance}");
+        }
+    }
+
+    #[test]
+    fn a_mask_drops_its_share_and_keeps_the_expectation_wherever_it_begins() {
+        let context =
+            Context { seed: 5, step: Step(3), micro: 0, block: 2, training: true, targets: None, target_count: 1 };
+        for p in [0.0, 1e-4, 0.1, 0.5, 0.9] {
+            let mask = Mask::new(p, &context, 1);
+            let mut whole = vec![0f32; 1 << 18];
+            mask.write(0, &mut whole);
+            let mean = whole.iter().map(|&x| f64::from(x)).sum::<f64>() / whole.len() as f64;
+            // Five standard errors.
+            let error = 5.0 * (p / (1.0 - p) / whole.len() as f64).sqrt();
+            assert!((mean - 1.0).abs() <= error + 1e-6, "p {p}: {mean}");
+            for first in [1, 7, 8, 4095] {
+                let mut part = vec![0f32; 37];
+                mask.write(first as u64, &mut part);
+                assert_eq!(part, whole[first..first + 37]);
+            }
         }
     }
 }

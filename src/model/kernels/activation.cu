@@ -5,7 +5,7 @@
 // gelu_forward        const T* u, T* y, uint64_t n, int form                                                 any [1]
 // gelu_backward       const T* dy, const T* u, T* du, uint64_t n, int form                                   any [1]
 // add                 const T* a, const T* b, T* y, uint64_t n                                               any [1]
-// dropout             const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,      any [4]
+// dropout             const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,      any [1]
 //                     float scale
 // dropout_add         const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream,       any [1]
 //                     uint64_t threshold, float scale
@@ -18,15 +18,14 @@
 //
 // Block: 256 threads. No dynamic shared memory.
 // [1] ceil(n / 8192) is good.  [2] x: ceil(cols / (512 / sizeof(T))).  [3] y: min(ceil(rows / 32), 65535) is good.
-// [4] min(ceil(n / 4096), 6 * multiprocessors) is good.
 // Scratch: partial_dbias is float[P * cols], wholly written; accumulate_columns of norm.cu adds it to the gradient. P
 // decides the order of the sums, so it must be the same number on every GPU: 128 is good.
 //
 // form: 0 = tanh, 1 = erf. bias_gelu_forward writes u + bias back to u, which is what the backward wants, and takes the
 // GELU of what it wrote. gate_up and d_gate_up are [rows, 2 * cols], a row's gate before its up.
 // Outputs may be inputs of the same shape: y = x, y = residual, du = dy, du = u, d_gate_up = gate_up, y = a or b.
-// dropout: an element is kept, and multiplied by `scale`, where its 32 bits of Philox4x32-10 (Salmon et al., 2011) are at
-// least `threshold`: lane element % 4 of the block with counter (element / 4, stream) and key seed, low halves first.
+// dropout: an element is kept, and multiplied by `scale`, where its 16 bits of Philox4x32-10 (Salmon et al., 2011) are at
+// least `threshold`: piece element % 8 of the block with counter (element / 8, stream) and key seed, low halves first.
 
 #include "common.cuh"
 
@@ -131,7 +130,7 @@ struct Dropout {
         return halves;
     }
 
-    // The numbers of elements 4 * index to 4 * index + 3.
+    // The numbers of elements 8 * index to 8 * index + 7, two in each.
     __device__ __forceinline__ uint4 philox(uint64_t index) const {
         uint4 counter = make_uint4(uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32));
         uint32_t key_a = uint32_t(seed), key_b = uint32_t(seed >> 32);
@@ -147,21 +146,34 @@ struct Dropout {
 
     __device__ __forceinline__ float factor(uint32_t bits) const { return bits >= threshold ? scale : 0.0f; }
 
-    __device__ __forceinline__ void mask(float (&x)[1], uint64_t element) const {
-        const uint4 bits = philox(element / 4);
-        const uint32_t lane = element % 4;
-        x[0] *= factor(lane < 2 ? (lane == 0 ? bits.x : bits.y) : (lane == 2 ? bits.z : bits.w));
+    __device__ __forceinline__ void mask_pair(float& low, float& high, uint32_t bits) const {
+        low *= factor(bits & 0xFFFF);
+        high *= factor(bits >> 16);
     }
 
-    // Several elements begin at a multiple of their number, which is a multiple of 4.
+    __device__ __forceinline__ void mask(float (&x)[1], uint64_t element) const {
+        const uint4 bits = philox(element / 8);
+        const uint32_t pair = element % 8 / 2;
+        const uint32_t both = pair < 2 ? (pair == 0 ? bits.x : bits.y) : (pair == 2 ? bits.z : bits.w);
+        x[0] *= factor(element % 2 == 0 ? both & 0xFFFF : both >> 16);
+    }
+
+    // Several elements begin at a multiple of their number.
+    __device__ __forceinline__ void mask(float (&x)[4], uint64_t first) const {
+        const uint4 bits = philox(first / 8);
+        const bool is_second = first % 8 != 0;
+        mask_pair(x[0], x[1], is_second ? bits.z : bits.x);
+        mask_pair(x[2], x[3], is_second ? bits.w : bits.y);
+    }
+
     template <int N> __device__ __forceinline__ void mask(float (&x)[N], uint64_t first) const {
 #pragma unroll
-        for (int k = 0; k < N; k += 4) {
-            const uint4 bits = philox((first + k) / 4);
-            x[k] *= factor(bits.x);
-            x[k + 1] *= factor(bits.y);
-            x[k + 2] *= factor(bits.z);
-            x[k + 3] *= factor(bits.w);
+        for (int k = 0; k < N; k += 8) {
+            const uint4 bits = philox((first + k) / 8);
+            mask_pair(x[k], x[k + 1], bits.x);
+            mask_pair(x[k + 2], x[k + 3], bits.y);
+            mask_pair(x[k + 4], x[k + 5], bits.z);
+            mask_pair(x[k + 6], x[k + 7], bits.w);
         }
     }
 
@@ -174,51 +186,6 @@ struct Dropout {
         Sum()(v, first);
     }
 };
-
-// Elements come through stages of shared memory, of which every thread has its own places, so that the next ones are
-// under way while the mask is drawn: the generator takes nearly as long as the memory.
-template <typename T>
-__device__ __forceinline__ void apply_dropout(const T* x, T* y, uint64_t n, const Dropout& dropout) {
-    constexpr int LANES = Pack<T>::LANES, UNROLL = 2, STAGES = 3;
-    __shared__ Pack<T> staged[STAGES][UNROLL][BLOCK];
-    const uint64_t packs = aligned(x) && aligned(y) ? n / LANES : 0;
-    const uint64_t tile = uint64_t(BLOCK) * UNROLL, stride = gridDim.x * tile, whole = packs / tile * tile;
-    auto fetch = [&](int stage, uint64_t base) {
-        if (base < whole) {
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++)
-                copy_async<PACK_BYTES>(
-                    &staged[stage][u][threadIdx.x], x + (base + u * BLOCK + threadIdx.x) * LANES
-                );
-        }
-        end_copies();
-    };
-    uint64_t base = blockIdx.x * tile;
-#pragma unroll
-    for (int s = 0; s < STAGES; s++) fetch(s, base + s * stride);
-    for (int stage = 0; base < whole; base += stride, stage = stage + 1 == STAGES ? 0 : stage + 1) {
-        wait_for_copies<STAGES - 1>();
-#pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-            float values[LANES];
-            unpack(staged[stage][u][threadIdx.x], values);
-            dropout.mask(values, (base + u * BLOCK + threadIdx.x) * LANES);
-            store_aligned(y + (base + u * BLOCK + threadIdx.x) * LANES, pack_of<T>(values));
-        }
-        fetch(stage, base + STAGES * stride);
-    }
-    for (uint64_t pack = whole + global_thread(); pack < packs; pack += grid_threads()) {
-        float values[1][LANES];
-        unpack(load_aligned(x + pack * LANES), values[0]);
-        dropout(values, pack * LANES);
-        store_aligned(y + pack * LANES, pack_of<T>(values[0]));
-    }
-    for (uint64_t i = packs * LANES + global_thread(); i < n; i += grid_threads()) {
-        float value[1] = {to_float(x[i])};
-        dropout.mask(value, i);
-        y[i] = from_float<T>(value[0]);
-    }
-}
 
 constexpr int ROW_UNROLL = 4; // rows that a warp has in flight
 
@@ -407,7 +374,8 @@ __device__ __forceinline__ void swiglu_backward(const T* dy, const T* gate_up, T
     KERNEL dropout_##T(                                                                                                \
         const T* x, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold, float scale                  \
     ) {                                                                                                                \
-        apply_dropout(x, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
+        const T* const in[] = {x};                                                                                     \
+        map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
     }                                                                                                                  \
     KERNEL dropout_add_##T(                                                                                            \
         const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream, uint64_t threshold,           \

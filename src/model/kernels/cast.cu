@@ -5,11 +5,13 @@
 // accumulate_f32_to_T           const float* source, T* gradient, uint64_t n                any [1]
 // scale_add_T                   const T* x, T* y, uint64_t n, float alpha, float beta       any [1]
 // fill_T                        T* y, uint64_t n, float value                               any [1]
+// read_through                  const uint4* x, uint64_t n, unsigned* never                 any [1]
 //
 // X, Y and T are f32, bf16 or f16; X and Y differ. Block: 256 threads. No dynamic shared memory, no scratch.
 // [1] ceil(n / 8192) is good.
 // Casts round to nearest, ties to even. accumulate: gradient = T(float(gradient) + source). scale_add: y = T(alpha * x +
-// beta * y), where beta = 0 does not read y; x may be y.
+// beta * y), where beta = 0 does not read y; x may be y. read_through only reads 16 n bytes: `never` is written if they are
+// all ones, which is for the compiler to believe in.
 
 #include "common.cuh"
 
@@ -110,3 +112,13 @@ CAST_KERNEL(f16, bf16)
     KERNEL fill_##T(T* y, uint64_t n, float value) { fill(y, n, value); }
 
 FOR_EACH_TYPE(ARRAY_KERNELS)
+
+// By plain loads: data that is marked as read once would leave the rest of the cache as it was.
+KERNEL read_through(const uint4* x, uint64_t n, unsigned* never) {
+    uint4 all = make_uint4(~0u, ~0u, ~0u, ~0u);
+    for (uint64_t i = global_thread(); i < n; i += grid_threads()) {
+        const uint4 v = x[i];
+        all = make_uint4(all.x & v.x, all.y & v.y, all.z & v.z, all.w & v.w);
+    }
+    if ((all.x & all.y & all.z & all.w) == ~0u && n > 0) *never = 1;
+}

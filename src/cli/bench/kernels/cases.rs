@@ -1,4 +1,4 @@
-//! The kernels of a step of the 1b shape, and of chunk work, with what each must at least do.
+//! The kernels of a step of the 1b shape, those that memory bounds also at the width of the 10b shape, and of chunk work, with what each must at least do.
 
 #![expect(unsafe_code, reason = "binds parameters to memory of its own and calls kernels")]
 
@@ -24,6 +24,8 @@ const BATCH: usize = 16;
 const TIME: usize = 1024;
 const TOKENS: usize = BATCH * TIME;
 const HIDDEN: usize = 2048;
+/// Of the 10b shape. Launching a kernel and filling the GPU costs the same for twice as much.
+const LARGE_HIDDEN: usize = 4096;
 const WIDE: usize = 4 * HIDDEN;
 const VOCABULARY: usize = 50_304;
 /// Sides of the product that gives the rate.
@@ -60,8 +62,11 @@ pub fn measure() -> Result<Vec<Value>, Error> {
         Error::Failed(format!("no GPU to time: {}; see nvidia-smi", reason.lines().next().unwrap_or_default()))
     })?;
     let mut report = Report::new(ops)?;
-    report.norms_and_sums()?;
-    report.embeddings()?;
+    for hidden in [HIDDEN, LARGE_HIDDEN] {
+        report.copy_of(hidden)?;
+        report.norms_and_sums(hidden)?;
+        report.embeddings(hidden)?;
+    }
     report.wide()?;
     report.head()?;
     // Heads of the 1b, 4b, 6b and 10b shapes.
@@ -95,8 +100,7 @@ impl Report {
         let clock = Clock::new(ops)?;
         let mut report = Report { clock, bytes_per_s: f64::NAN, operations_per_s: f64::NAN, rows: Vec::new() };
         let scanned = report.random(&[SCANNED, TIME, HIDDEN])?;
-        let positions = report.weight("scan", &[TIME, HIDDEN], TIME)?;
-        report.clock.set_scan(Box::new(move |ops| ops.positions_backward(&scanned, &positions.param)));
+        report.clock.set_scan(Box::new(move |ops| ops.read_through(&scanned)));
         let (seconds, bytes) = report.clock.large_copy()?;
         report.bytes_per_s = bytes / seconds;
         let (x, weight) = (report.random(&[SQUARE, SQUARE])?, report.weight("square", &[SQUARE, SQUARE], SQUARE)?);
@@ -180,12 +184,20 @@ impl Report {
         Ok(Weight { param, _memory: vec![weight, gradient] })
     }
 
-    fn norms_and_sums(&mut self) -> Result<(), Error> {
+    /// A copy of as much as the kernels of that width read and write: what their launch leaves of the large copy's rate.
+    fn copy_of(&mut self, hidden: usize) -> Result<(), Error> {
+        let bytes = (TOKENS * hidden) as f64 * B;
+        let seconds = self.clock.copied(bytes as usize)?;
+        self.add("device_copy", format!("{TOKENS} x {hidden}"), seconds, Need::Bytes(2.0 * bytes));
+        Ok(())
+    }
+
+    fn norms_and_sums(&mut self, hidden: usize) -> Result<(), Error> {
         let (x, dy, before) =
-            (self.random(&[TOKENS, HIDDEN])?, self.random(&[TOKENS, HIDDEN])?, self.random(&[TOKENS, HIDDEN])?);
-        let (w, b) = (self.weight("w", &[HIDDEN], HIDDEN)?, self.weight("b", &[HIDDEN], HIDDEN)?);
-        let shape = || format!("{TOKENS} x {HIDDEN}");
-        let one = (TOKENS * HIDDEN) as f64 * B;
+            (self.random(&[TOKENS, hidden])?, self.random(&[TOKENS, hidden])?, self.random(&[TOKENS, hidden])?);
+        let (w, b) = (self.weight("w", &[hidden], hidden)?, self.weight("b", &[hidden], hidden)?);
+        let shape = || format!("{TOKENS} x {hidden}");
+        let one = (TOKENS * hidden) as f64 * B;
         let stats_bytes = (TOKENS * 8) as f64;
         self.time("layer_norm_forward", shape(), Need::Bytes(2.0 * one + stats_bytes), |ops| {
             ops.layer_norm_forward(&x, &w.param, &b.param, 1e-5).map(drop)
@@ -198,24 +210,23 @@ impl Report {
         let context =
             Context { seed: 0, step: Step(1), micro: 0, block: 1, training: true, targets: None, target_count: 1 };
         let mask = Mask::new(0.1, &context, 0);
-        let scale = 1.0 / 0.9;
-        self.time("dropout", shape(), Need::Bytes(2.0 * one), |ops| ops.dropout(&x, &mask, scale, None).map(drop))?;
+        self.time("dropout", shape(), Need::Bytes(2.0 * one), |ops| ops.dropout(&x, &mask, None).map(drop))?;
         self.time("dropout_add", shape(), Need::Bytes(3.0 * one), |ops| {
-            ops.dropout(&x, &mask, scale, Some(before.clone())).map(drop)
+            ops.dropout(&x, &mask, Some(before.clone())).map(drop)
         })
     }
 
-    fn embeddings(&mut self) -> Result<(), Error> {
-        let table = self.weight("table", &[VOCABULARY, HIDDEN], VOCABULARY)?;
-        let positions = self.weight("positions", &[TIME, HIDDEN], TIME)?;
+    fn embeddings(&mut self, hidden: usize) -> Result<(), Error> {
+        let table = self.weight("table", &[VOCABULARY, hidden], VOCABULARY)?;
+        let positions = self.weight("positions", &[TIME, hidden], TIME)?;
         let ids: Vec<u32> = (0..TOKENS as u64)
             .map(|i| ((rng::uniform(1, i) * VOCABULARY as f64) as u32).min(VOCABULARY as u32 - 1))
             .collect();
         let mut distinct = ids.clone();
         distinct.sort_unstable();
         distinct.dedup();
-        let (x, shape) = (self.random(&[BATCH, TIME, HIDDEN])?, || format!("{TOKENS} x {HIDDEN}"));
-        let row = HIDDEN as f64 * B;
+        let (x, shape) = (self.random(&[BATCH, TIME, hidden])?, || format!("{TOKENS} x {hidden}"));
+        let row = hidden as f64 * B;
         let (all, touched) = (TOKENS as f64 * row, distinct.len() as f64 * row);
         self.time_class(("embedding_forward", "embedding"), shape(), Need::Bytes(touched + all), |ops| {
             ops.embedding_forward(&ids, &[BATCH, TIME], &table.param).map(drop)

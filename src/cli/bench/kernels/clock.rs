@@ -123,7 +123,12 @@ impl Clock {
 
     /// Seconds of a large copy, and the bytes that it reads and writes.
     pub fn large_copy(&self) -> Result<(f64, f64), Error> {
-        Ok((self.timed(|| self.copy(COPIED))?, 2.0 * COPIED as f64))
+        Ok((self.copied(COPIED)?, 2.0 * COPIED as f64))
+    }
+
+    /// Seconds of a copy of so many bytes, at most as many as a large copy has.
+    pub fn copied(&self, bytes: usize) -> Result<f64, Error> {
+        self.timed(|| self.copy(bytes.min(COPIED)))
     }
 
     /// Seconds of a call of `product`, over more than a second without a break.

@@ -49,7 +49,8 @@ pub fn spread_sides(groups: u32, resident: u32, streamed: u32) -> Vec<Side> {
 }
 
 /// Groups pass through the device where that is predicted to shorten a step by this part: they take slots from residents and
-/// from prefetching, which the prediction does not count.
+/// from prefetching, and their copies take nearly as much of the host's memory bandwidth as its own updates, which the
+/// prediction does not count. The steps that follow show whether it was right.
 const STREAMING_GAIN: f64 = 0.1;
 /// Moves of a streamed group as a multiple of those that it needs: what `examples/pace` shows on a link in full use.
 const STREAMING_DETOUR: f64 = 1.4;
@@ -130,12 +131,14 @@ pub struct SplitRoom {
     pub persistent: u32,
     /// All gradients live until the last one is known.
     pub together: bool,
+    /// The tiers below have no place for what a comfortable split leaves them.
+    pub tight: bool,
 }
 
 impl SplitRoom {
-    /// Slots for one access and the one fetched beside it.
+    /// Slots for one access and the one fetched beside it; where it is tight, for one access and a little of the next.
     fn passing(&self) -> u32 {
-        2 * self.working_set
+        self.working_set + if self.tight { self.working_set.div_ceil(8) } else { self.working_set }
     }
 
     /// Slots of one group on its way through the device while the next one comes.
@@ -236,7 +239,7 @@ mod tests {
 
     #[test]
     fn residents_leave_room_for_what_passes() {
-        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false };
+        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false, tight: false };
         assert_eq!(room.split(&costs(1, 5)), Split { resident: 8, streamed: 0 });
         let split = room.split(&costs(60, 5));
         assert_eq!(split.resident, (60 - 8 - 14) / 6);
@@ -244,6 +247,8 @@ mod tests {
         // With everything on the device nothing passes, and a small device cannot afford it.
         assert_eq!(SplitRoom { slots: 400, ..room }.split(&costs(60, 5)), Split { resident: 32, streamed: 0 });
         assert_eq!(SplitRoom { slots: 12, ..room }.split(&costs(60, 5)), Split { resident: 0, streamed: 0 });
+        // Where it is tight less is left to what passes.
+        assert_eq!(SplitRoom { tight: true, ..room }.most_resident(), (60 - 5) / 6);
         // Gradients that wait for the last one take a slot each.
         assert_eq!(SplitRoom { together: true, ..room }.most_resident(), 7);
     }

@@ -179,7 +179,7 @@ impl<'a> Planner<'a> {
             let due = [Tier::Device, Tier::Host].into_iter().flat_map(|tier| self.due(tier));
             due.into_iter().any(|request| self.table.obstacle(&request, layout).is_none())
         };
-        if short.contains(&0) || leased() || update_can_begin() {
+        if short.contains(&0) || leased() || update_can_begin() || self.gradients_will_go(Tier::Device) {
             return Ok(());
         }
         let missing = first
@@ -285,9 +285,38 @@ impl<'a> Planner<'a> {
             return unwanted;
         }
         self.choose(tier, &self.candidates(tier, false, &self.protected), None).or_else(|| {
+            // The compute thread runs ahead of the device: it would drive out states that the next updates need.
+            if self.gradients_will_go(tier) {
+                return None;
+            }
             let pinned = self.candidates(tier, true, &self.protected);
             choose_victim(Policy::Lru, None, self.table.now, &StaticSet::default(), &pinned, None)
         })
+    }
+
+    /// Whether a gradient on the device is about to be used up there, by an update that waits for no chunk.
+    fn gradients_will_go(&self, tier: Tier) -> bool {
+        let layout = &self.shared.layout;
+        let in_place = |group: GroupId| {
+            let state = self.table.group(group);
+            let chunks = || self.table.update_request(group, layout).chunks.into_iter();
+            let here = |chunk: ChunkId| {
+                let entry = self.table.entry(chunk);
+                entry.moving.is_none() && entry.place[Tier::Device.index()].valid().is_some()
+            };
+            state.pending_update.is_some() && !state.save_wanted && chunks().all(|(chunk, _)| here(chunk))
+        };
+        // Above its budget a tier grants nothing, not even what would free it.
+        if tier != Tier::Device || self.table.used(tier) > self.table.budget[tier.index()] {
+            return false;
+        }
+        if self.shared.steps_together() {
+            return self
+                .due(Tier::Device)
+                .any(|request| request.chunks.first().is_some_and(|&(chunk, _)| in_place(layout.chunk(chunk).group)));
+        }
+        let mut groups = (0..self.table.groups.len() as u32).map(GroupId);
+        groups.any(|group| self.table.group(group).side == Side::Resident && in_place(group))
     }
 
     fn choose(&self, tier: Tier, candidates: &[Candidate], need_within: Option<u32>) -> Option<ChunkId> {

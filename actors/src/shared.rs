@@ -204,7 +204,7 @@ impl Shared {
         if queued || is_compute {
             self.ring();
         }
-        let lease = Lease {
+        let mut lease = Lease {
             addresses: slots.iter().map(|&slot| self.address(tier, slot)).collect(),
             shared: Arc::clone(self),
             is_compute,
@@ -212,10 +212,13 @@ impl Shared {
             chunks: request.chunks,
             pass: Pass::Forward,
             released: false,
+            began: None,
+            drawn_as: None,
         };
         // Held already: what fails here gives the chunks back.
         if is_compute {
-            self.idle.begin(self.backend.compute_event()?);
+            lease.began = self.backend.compute_event()?;
+            self.idle.begin(lease.began.clone());
         } else {
             self.wait_for_model(tier, &slots)?;
         }
@@ -303,6 +306,10 @@ pub struct Lease {
     is_compute: bool,
     pass: Pass,
     released: bool,
+    /// Where on the device the work on it begins, if it is queued.
+    began: Option<Event>,
+    /// What the work is called in the trace.
+    drawn_as: Option<String>,
 }
 
 // SAFETY: the addresses point into arenas that `shared` keeps alive, and the table gives each chunk either to one writer
@@ -328,6 +335,15 @@ impl Lease {
     /// The tier in which the chunks lie.
     pub fn tier(&self) -> Tier {
         self.tier
+    }
+
+    /// Draws what was done with the chunks since `start`: where it was queued, as long as it takes the device.
+    pub fn draw(&mut self, start: Duration, name: impl FnOnce() -> String) {
+        if self.began.is_none() {
+            self.shared.timeline.span(Track::Compute, start, None, Bytes(0), name);
+        } else if self.shared.timeline.is_enabled() {
+            self.drawn_as = Some(name());
+        }
     }
 
     /// Gives the chunks back, noting which pass used them.
@@ -362,7 +378,11 @@ impl Lease {
         self.shared.changed.notify_all();
         self.shared.ring();
         result?;
-        until?.map_or(Ok(()), |event| self.shared.pace(&event))
+        let Some(end) = until? else { return Ok(()) };
+        if let (Some(name), Some(began)) = (self.drawn_as.take(), self.began.take()) {
+            self.shared.timeline.queued_span(Track::Compute, name, began, Event::clone(&end))?;
+        }
+        self.shared.pace(&end)
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::memory::{Event, MemoryError};
 use crate::types::{Bytes, ChunkId, Kind, Moment, Tier};
 
 /// The line of the trace on which a span is drawn.
@@ -64,12 +65,28 @@ pub struct ResidencySnapshot {
     pub non_model: Bytes,
 }
 
+/// Work that the device may not have done yet, between two points of its stream.
+struct QueuedSpan {
+    track: Track,
+    name: String,
+    begin: Event,
+    end: Event,
+}
+
 /// Collects spans and snapshots; shared by all actors.
 pub struct Timeline {
     origin: Instant,
     enabled: AtomicBool,
     spans: Mutex<Vec<Span>>,
+    queued: Mutex<Queued>,
     snapshots: Mutex<Vec<ResidencySnapshot>>,
+}
+
+/// Spans in the device's time, and where on the timeline one of its events lies.
+#[derive(Default)]
+struct Queued {
+    anchor: Option<(Duration, Event)>,
+    spans: Vec<QueuedSpan>,
 }
 
 /// Spans kept at most: about 200 MB of trace; later ones are dropped so that a forgotten switch cannot eat the machine.
@@ -81,6 +98,7 @@ impl Default for Timeline {
             origin: Instant::now(),
             enabled: AtomicBool::new(false),
             spans: Mutex::default(),
+            queued: Mutex::default(),
             snapshots: Mutex::default(),
         }
     }
@@ -129,6 +147,41 @@ impl Timeline {
         }
     }
 
+    /// Records a span that lasts on the device from `begin` to `end`. The first one waits for its end, so that the device's
+    /// time is known in the timeline's.
+    pub fn queued_span(&self, track: Track, name: String, begin: Event, end: Event) -> Result<(), MemoryError> {
+        let mut queued = lock(&self.queued);
+        if queued.anchor.is_none() {
+            end.synchronize()?;
+            queued.anchor = Some((self.now(), Event::clone(&end)));
+        }
+        if queued.spans.len() < MAX_SPANS {
+            queued.spans.push(QueuedSpan { track, name, begin, end });
+        }
+        Ok(())
+    }
+
+    /// The spans of the device's time, once it has passed them.
+    fn resolve(&self, queued: Queued) -> Result<Vec<Span>, MemoryError> {
+        let Some((at, anchor)) = queued.anchor else { return Ok(Vec::new()) };
+        let mut spans = Vec::with_capacity(queued.spans.len());
+        for QueuedSpan { track, name, begin, end } in queued.spans {
+            end.synchronize()?;
+            let (Some(since), Some(time)) = (end.elapsed_since(&anchor)?, end.elapsed_since(&begin)?) else { continue };
+            let end = at + since;
+            spans.push(Span {
+                track,
+                name,
+                chunk: None,
+                kind: None,
+                bytes: Bytes(0),
+                start: end.saturating_sub(time),
+                end,
+            });
+        }
+        Ok(spans)
+    }
+
     /// Records where the chunks are.
     pub fn snapshot(&self, snapshot: ResidencySnapshot) {
         if self.is_enabled() {
@@ -136,13 +189,63 @@ impl Timeline {
         }
     }
 
-    /// Takes what was recorded so far.
-    pub fn take(&self) -> (Vec<Span>, Vec<ResidencySnapshot>) {
-        (std::mem::take(&mut lock(&self.spans)), std::mem::take(&mut lock(&self.snapshots)))
+    /// Takes what was recorded so far, after waiting for it.
+    pub fn take(&self) -> Result<(Vec<Span>, Vec<ResidencySnapshot>), MemoryError> {
+        let queued = std::mem::take(&mut *lock(&self.queued));
+        let mut spans = self.resolve(queued)?;
+        spans.append(&mut lock(&self.spans));
+        spans.sort_by_key(|span| span.start);
+        Ok((spans, std::mem::take(&mut lock(&self.snapshots))))
     }
 }
 
 /// The lists stay well-formed whatever a panicking thread was doing, so poisoning carries no information.
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::any::Any;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::memory::DeviceEvent;
+
+    /// An event at a time of the device's own.
+    struct At(Duration);
+
+    impl DeviceEvent for At {
+        fn is_complete(&self) -> Result<bool, MemoryError> {
+            Ok(true)
+        }
+
+        fn synchronize(&self) -> Result<(), MemoryError> {
+            Ok(())
+        }
+
+        fn elapsed_since(&self, earlier: &Event) -> Result<Option<Duration>, MemoryError> {
+            let earlier: &dyn Any = earlier.as_ref();
+            Ok(earlier.downcast_ref::<At>().map(|earlier| self.0.saturating_sub(earlier.0)))
+        }
+    }
+
+    #[test]
+    fn queued_work_is_drawn_where_the_device_did_it() {
+        let at = |ms: u64| -> Event { Arc::new(At(Duration::from_millis(5_000 + ms))) };
+        let timeline = Timeline::default();
+        timeline.set_enabled(true);
+        let before = timeline.now();
+        // Both are queued at once; the device does the second one long after the first.
+        timeline.queued_span(Track::Compute, "first".into(), at(0), at(10)).unwrap();
+        timeline.queued_span(Track::Compute, "second".into(), at(50), at(80)).unwrap();
+        let after = timeline.now();
+        let (spans, _) = timeline.take().unwrap();
+        let [first, second] = &spans[..] else { panic!("{spans:?}") };
+        assert_eq!((first.name.as_str(), second.name.as_str()), ("first", "second"));
+        assert!((before..=after).contains(&first.end), "{first:?}");
+        assert_eq!(second.start - first.end, Duration::from_millis(40));
+        assert_eq!(second.end - second.start, Duration::from_millis(30));
+        assert!(timeline.take().unwrap().0.is_empty());
+    }
 }

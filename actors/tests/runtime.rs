@@ -122,6 +122,7 @@ impl Model {
             groups: layout.group_count() as u32,
             persistent,
             together: case.clip_norm > 0.0 || case.precision.scales_loss(),
+            tight: false,
         };
         let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
         let config = RuntimeConfig {

@@ -31,6 +31,9 @@ pub use bound::{Bound, Limit, Rates};
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
 const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
 
+/// Of the host's available memory this is left to other programs and to what is not chunks, or a tenth of less.
+const LEFT_TO_OTHERS: u64 = 8 << 30;
+
 /// What one tier is predicted to hold.
 #[derive(Clone, Debug, Serialize)]
 pub struct TierPlan {
@@ -94,6 +97,9 @@ pub struct Plan {
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
+    /// Host memory for inputs of blocks.
+    #[serde(skip)]
+    inputs_away: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -130,10 +136,20 @@ pub fn gpt2_reserve(config: &Config, model: &Gpt2Config, keeping: Keeping) -> By
     reserve(config, gpt2_activations(config, model, keeping))
 }
 
+/// Host memory for the inputs of blocks that wait there.
+fn inputs_away(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
+    let tokens = (config.train.batch * config.train.seq_len) as u64;
+    Bytes(keeping.away as u64 * tokens * model.hidden as u64 * activation_bytes_each(config))
+}
+
+/// Bytes of one number of an activation.
+fn activation_bytes_each(config: &Config) -> u64 {
+    if is_cuda(&config.compute) && config.model.precision.is_half() { 2 } else { 4 }
+}
+
 /// Non-model memory of one step of a GPT-2, from the shapes.
 fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
     let train = &config.train;
-    let half = is_cuda(&config.compute) && config.model.precision.is_half();
     Bytes(gpt2::activation_bytes(
         model,
         &gpt2::StepShape {
@@ -144,7 +160,7 @@ fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> By
             frugal: keeping.frugal,
             away_layers: keeping.away,
             gpu: is_cuda(&config.compute),
-            element_bytes: if half { 2 } else { 4 },
+            element_bytes: activation_bytes_each(config) as usize,
         },
     ))
 }
@@ -212,8 +228,9 @@ impl Plan {
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
-            room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false },
+            room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false, tight: false },
             reserved: Bytes(0),
+            inputs_away: Bytes(0),
         };
         plan.flops = model.as_ref().map(|model| {
             gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
@@ -228,6 +245,7 @@ impl Plan {
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
         plan.reserved = reserved(keeping);
+        plan.inputs_away = model.as_ref().map_or(Bytes(0), |model| inputs_away(config, model, keeping));
         plan.place(config, program, non_model(keeping));
         Ok(plan)
     }
@@ -235,17 +253,24 @@ impl Plan {
     fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let chunk = self.chunk.0;
         let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
-        self.room = self.room(config, self.reserved);
-        self.split = self.split(config, &self.room);
-        let (needed, wanted) = self.host_slots(&self.room, config.memory.device);
         let available = match available_host_memory() {
-            Available::Known(bytes) => bytes.0 / 10 * 9,
+            Available::Known(bytes) => bytes.0 - (bytes.0 / 10).min(LEFT_TO_OTHERS),
             Available::Unknown => u64::MAX,
-        };
-        let host_capacity = match config.memory.host {
+        }
+        .saturating_sub(self.inputs_away.0);
+        let capacity = |wanted: u32| match config.memory.host {
             Size::Bytes(bytes) => bytes.0,
             Size::Auto => available.min(u64::from(wanted) * chunk),
         };
+        self.room = self.room(config, self.reserved);
+        self.split = self.split(config, &self.room);
+        let (mut needed, mut wanted) = self.host_slots(&self.room, config.memory.device);
+        if slots(capacity(wanted)) + slots(config.memory.disk.0) < needed {
+            self.room.tight = true;
+            self.split = self.split(config, &self.room);
+            (needed, wanted) = self.host_slots(&self.room, config.memory.device);
+        }
+        let host_capacity = capacity(wanted);
         let host = slots(host_capacity).min(wanted);
         let disk = slots(config.memory.disk.0).min(wanted);
         self.slots = Slots { host, disk };

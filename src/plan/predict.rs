@@ -58,14 +58,10 @@ impl Plan {
                 non_model,
             });
         }
-        let per_kind = |kind: Kind| (kind, Bytes(u64::from(layout.parts(kind)) * away * self.chunk.0));
-        let kinds: Vec<(Kind, Bytes)> = layout
-            .precision()
-            .persistent_kinds()
-            .iter()
-            .map(|&kind| per_kind(kind))
-            .chain([per_kind(Kind::Gradient)])
-            .collect();
+        let per_kind = |kind: Kind, groups: u64| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
+        let gradients = per_kind(Kind::Gradient, u64::from(self.waiting_gradients(config)));
+        let persistent_kinds = layout.precision().persistent_kinds().iter();
+        let kinds: Vec<(Kind, Bytes)> = persistent_kinds.map(|&kind| per_kind(kind, away)).chain([gradients]).collect();
         let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
         let host_bytes = Bytes(u64::from(self.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {

@@ -1,7 +1,9 @@
 //! Which groups live on the device, which pass through it, and which are stepped in host memory.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
+use patrickstar_actors::memory::bandwidth::adam_bandwidth;
 use patrickstar_actors::types::Bytes;
 use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
@@ -10,10 +12,15 @@ use crate::config::{Boundaries, Config, Placement, Recompute};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
-/// used, and parameters that one core steps in a second beside full copies. Measured on an H200 with 16 cores.
-const PRODUCTS: f64 = 6e14;
+/// used, and parameters that one core steps in a second beside copies. Measured on an H200 with 16 cores.
+const PRODUCTS: f64 = 6.2e14;
 const LINK: f64 = 43e9;
-const STEPPED_BY_CORE: f64 = 2.2e8;
+const STEPPED_BY_CORE: f64 = 3.5e8;
+/// Parameters whose update is timed where the host's memory is at hand, more than a cache holds, and what copies leave of
+/// that rate.
+const TIMED: usize = 16 << 20;
+const REPEATS: usize = 3;
+const BESIDE_COPIES: f64 = 0.9;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 
@@ -28,6 +35,7 @@ impl Plan {
             groups: self.layout.group_count() as u32,
             persistent: precision.persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum(),
             together: config.train.clip_norm > 0.0 || precision.scales_loss(),
+            tight: false,
         }
     }
 
@@ -38,8 +46,8 @@ impl Plan {
                 let resident = room.resident_beside_a_stream();
                 Split { resident, streamed: room.groups - resident }
             }
-            // On a GPU the first steps show whether the host is too slow for the rest; where the device is the host, passing
-            // through it is a detour.
+            Placement::Hybrid if is_cuda(&config.compute) => room.split(&self.costs(config, self.kept_layers)),
+            // Where the device is the host, passing through it is a detour.
             Placement::Hybrid => Split { resident: room.most_resident(), streamed: 0 },
         }
     }
@@ -80,16 +88,12 @@ impl Plan {
         let again = 1.0 - f64::from(kept_layers) / f64::from(self.layers.max(1));
         let (passes, forward_share) = (1.0 + again / 3.0, 1.0 / (3.0 + again));
         let compute = self.flops.map_or(UNKNOWN_COMPUTE, |flops| Duration::from_secs_f64(passes * flops / PRODUCTS));
-        let threads = match config.actors.optimizer.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
         let parameters = self.parameters as f64 / self.layout.group_count().max(1) as f64;
         let copy = Duration::from_secs_f64(self.chunk.0 as f64 / LINK);
         SplitCosts {
             compute,
             forward_share,
-            host_step: Duration::from_secs_f64(parameters / (STEPPED_BY_CORE * threads as f64)),
+            host_step: Duration::from_secs_f64(parameters / stepped_a_second(config)),
             to_device: copy,
             to_host: copy,
         }
@@ -107,6 +111,19 @@ impl Plan {
             together: self.room.together,
         };
         self.costs(config, self.kept_layers).step(&work, self.split.streamed)
+    }
+
+    /// Gradients that wait in host memory at most.
+    pub(super) fn waiting_gradients(&self, config: &Config) -> u32 {
+        let away = self.room.groups - self.split.resident;
+        if self.room.together {
+            return away;
+        }
+        // Those that do not live on the device are the first that the backward pass completes.
+        let costs = self.costs(config, self.kept_layers);
+        let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / self.room.groups.max(1);
+        let stepped = meanwhile.as_secs_f64() / costs.host_step.as_secs_f64().max(1e-9);
+        away.saturating_sub(stepped as u32).max(LEAST_GRADIENTS.min(away))
     }
 
     /// The side of each group.
@@ -132,3 +149,23 @@ impl Plan {
 
 /// Gradients in host memory below which both sides would wait for each other.
 const LEAST_GRADIENTS: u32 = 4;
+
+/// Parameters that the host steps in a second beside copies. A program for GPUs runs where it plans, so it measures, once:
+/// hosts of the same kind differ by a third.
+fn stepped_a_second(config: &Config) -> f64 {
+    static MEASURED: OnceLock<Option<f64>> = OnceLock::new();
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = match config.actors.optimizer.threads {
+        0 => cores,
+        threads => threads.min(cores),
+    };
+    let measure = || {
+        let rate = adam_bandwidth(config.model.precision, TIMED, REPEATS);
+        rate.inspect_err(|error| tracing::warn!("the host's updates cannot be timed, an estimate is used: {error}"))
+            .ok()
+    };
+    let measured = is_cuda(&config.compute) && cfg!(feature = "cuda");
+    let by_all = if measured { *MEASURED.get_or_init(|| measure().map(|rate| rate.params_per_s)) } else { None };
+    let estimated = STEPPED_BY_CORE * threads as f64;
+    by_all.map_or(estimated, |by_all| BESIDE_COPIES * by_all * threads as f64 / cores as f64)
+}

@@ -78,7 +78,30 @@ pub fn search_chunk_size(
     }
     let best = choose(&candidates, limits.device_budget)
         .ok_or(LayoutError::EmptyRange { min: limits.min, max: limits.max })?;
+    let best = shrink(specs, precision, best, first, limits.working_set)?;
     Ok(SearchReport { best: best.chunk, utilisation: best.utilisation, candidates })
+}
+
+/// The smallest size into which everything goes with as few groups and chunks as into `best`: sizes lie a few per cent apart,
+/// and what a chunk is too large by is lost in every one.
+fn shrink(
+    specs: &[TensorSpec],
+    precision: Precision,
+    mut best: Candidate,
+    first: u64,
+    blocks: &[Vec<usize>],
+) -> Result<Candidate, LayoutError> {
+    let mut too_small = first.saturating_sub(1);
+    while too_small + 1 < best.chunk.0 / CHUNK_ALIGNMENT {
+        let middle = too_small.midpoint(best.chunk.0 / CHUNK_ALIGNMENT);
+        let tried = try_size(specs, precision, Bytes(middle * CHUNK_ALIGNMENT), blocks)?;
+        if tried.groups <= best.groups && tried.working_set_chunks <= best.working_set_chunks {
+            best = tried;
+        } else {
+            too_small = middle;
+        }
+    }
+    Ok(best)
 }
 
 /// At most `SAMPLES` sizes, in equal ratios: what matters is how a chunk compares to a block, large or small.
@@ -145,6 +168,20 @@ mod tests {
         assert_eq!(search(140_000, Some(131_072)).unwrap().best, Bytes(32_768));
         // Nothing fits: the smallest working set is the best there is.
         assert_eq!(search(140_000, Some(1)).unwrap().best, Bytes(16_384));
+    }
+
+    #[test]
+    fn no_chunk_is_larger_than_its_groups_need() {
+        // 2000 rows of 4 KiB: no sample has just the size of a third or a quarter.
+        let specs: Vec<TensorSpec> = (0..5)
+            .map(|i| TensorSpec { name: i.to_string(), rows: 2000, columns: 1024, tile_rows: Some(1), decay: true })
+            .collect();
+        let limits = SearchLimits { min: Bytes(1 << 20), max: Bytes(16 << 20), device_budget: None, working_set: &[] };
+        let report = search_chunk_size(&specs, Precision::Fp32, limits).unwrap();
+        let groups = |bytes: u64| Layout::new(&specs, Precision::Fp32, Bytes(bytes)).unwrap().group_count();
+        assert!(groups(report.best.0 - CHUNK_ALIGNMENT) > groups(report.best.0), "{report:?}");
+        let sampled = report.candidates.iter().map(|candidate| candidate.utilisation).fold(0.0, f64::max);
+        assert!(report.utilisation > sampled * (1.0 - NEAR_TIE), "{report:?}");
     }
 
     #[test]

@@ -327,6 +327,9 @@ pub enum BenchCommand {
         /// Time to measure, after a warm-up of one tenth: a card slows down in its first seconds.
         #[arg(long, default_value_t = 3.0, value_parser = positive)]
         seconds: f64,
+        /// What it and copies between host and device, both ways at once, cost each other.
+        #[arg(long)]
+        beside_copies: bool,
     },
     /// Time of each GPU kernel beside its floor.
     Kernels {

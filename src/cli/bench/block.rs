@@ -8,6 +8,7 @@ use candle_core::{DType, Tensor};
 use patrickstar_actors::types::{Precision, Step};
 use serde_json::{Value, json};
 
+use super::traffic::{Rates, Traffic};
 use crate::Error;
 use crate::config;
 use crate::model::block::{Block, Context};
@@ -36,9 +37,14 @@ struct Layer {
     _memory: Vec<Tensor>,
 }
 
-pub fn run(shape: &Shape, seconds: f64) -> Result<Value, Error> {
-    let layer = Layer::new(shape)?;
+/// The layer alone, or with `copies` in turns with chunks that travel both ways.
+pub fn run(shape: &Shape, seconds: f64, copies: bool) -> Result<Value, Error> {
+    let device = Device::open(&config::Compute::default())?;
+    let layer = Layer::new(shape, device.compute)?;
     layer.measure(seconds / 10.0)?;
+    if copies {
+        return beside_copies(&layer, &Traffic::new(device.backend)?, seconds);
+    }
     let (passes, total) = layer.measure(seconds)?;
     let per_pass = total.as_secs_f64() / passes as f64;
     let (d, tokens) = (shape.hidden as f64, (shape.batch * shape.seq_len) as f64);
@@ -49,9 +55,38 @@ pub fn run(shape: &Shape, seconds: f64) -> Result<Value, Error> {
     }))
 }
 
+/// What copies and computing cost each other. In turns, for a card slows down as it warms up.
+fn beside_copies(layer: &Layer, traffic: &Traffic, seconds: f64) -> Result<Value, Error> {
+    const TURNS: usize = 3;
+    let each = seconds / TURNS as f64;
+    let mean = |sum: f64| sum / TURNS as f64;
+    let rates = |rates: Rates| [rates.to_device, rates.to_host];
+    let (mut alone_s, mut beside_s) = (0.0, 0.0);
+    let (mut copies_alone, mut copies_beside) = ([0.0; 2], [0.0; 2]);
+    for _ in 0..TURNS {
+        let (passes, total) = layer.measure(each)?;
+        alone_s += total.as_secs_f64() / passes as f64;
+        let ((passes, total), beside) = traffic.beside(|| layer.measure(each))?;
+        beside_s += total.as_secs_f64() / passes as f64;
+        let ((), alone) = traffic.beside(|| {
+            std::thread::sleep(Duration::from_secs_f64(each / 2.0));
+            Ok(())
+        })?;
+        for (sum, rate) in copies_alone.iter_mut().zip(rates(alone)).chain(copies_beside.iter_mut().zip(rates(beside)))
+        {
+            *sum += rate;
+        }
+    }
+    let gbps = |[to_device, to_host]: [f64; 2]| json!({"h2d": mean(to_device) / 1e9, "d2h": mean(to_host) / 1e9});
+    Ok(json!({
+        "block_alone_s": mean(alone_s), "block_beside_copies_s": mean(beside_s), "slowed_by": beside_s / alone_s - 1.0,
+        "copies_alone_gbps": gbps(copies_alone), "copies_beside_gbps": gbps(copies_beside),
+        "copies_of_alone": copies_beside.iter().sum::<f64>() / copies_alone.iter().sum::<f64>(),
+    }))
+}
+
 impl Layer {
-    fn new(shape: &Shape) -> Result<Self, Error> {
-        let compute = Device::open(&config::Compute::default())?.compute;
+    fn new(shape: &Shape, compute: Compute) -> Result<Self, Error> {
         let model = Gpt2Config {
             vocab: 1,
             context: shape.seq_len,

@@ -7,6 +7,7 @@ mod memory;
 mod parity;
 mod peers;
 mod step;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -20,8 +21,8 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
         BenchCommand::Adam => (memory::adam()?, true),
         BenchCommand::Copy => (memory::copy()?, true),
         BenchCommand::Step { shape, batch, steps, set } => (step::run(shape, batch, steps, set)?, true),
-        BenchCommand::Block { hidden, heads, batch, seq_len, seconds } => {
-            (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds)?, true)
+        BenchCommand::Block { hidden, heads, batch, seq_len, seconds, beside_copies } => {
+            (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds, beside_copies)?, true)
         }
         BenchCommand::Kernels { torch } => (kernels::run(torch.as_deref())?, true),
         BenchCommand::Peers { ours, peers } => (peers::run(&ours, &peers)?, true),

@@ -48,6 +48,16 @@ pub enum Error {
     /// A check did not hold.
     #[error("{0}")]
     Failed(String),
+    /// A run ended before its last step.
+    #[error("step {step}: {source}; {advice}")]
+    Stopped {
+        /// The step that was not finished.
+        step: u64,
+        /// Why.
+        source: Box<Error>,
+        /// How to go on.
+        advice: String,
+    },
 }
 
 impl From<candle_core::Error> for Error {

@@ -249,3 +249,31 @@ fn the_library_and_the_runtime_keep_their_distance() {
         }
     }
 }
+
+#[test]
+fn a_run_that_fails_says_from_where_it_goes_on_and_does_with_the_same_bits() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "[checkpoint]\nevery = 2\n");
+    let train = |extra: &[&str], drill: Option<&str>| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_patrickstar"));
+        command.args(["train", config.to_str().unwrap(), "--json"]).args(extra);
+        drill.map(|drill| command.env("PATRICKSTAR_DRILL", drill));
+        command.output().expect("the binary runs")
+    };
+    let broken = train(&[], Some("host@6"));
+    assert_eq!(broken.status.code(), Some(1));
+    let said = String::from_utf8_lossy(&broken.stderr);
+    let line = said.lines().find(|line| line.contains("step 6")).unwrap_or_else(|| panic!("{said}"));
+    assert!(line.contains("host tier") && line.contains("step-000004") && line.contains("--resume"), "{line}");
+    let resumed = train(&["--resume"], None);
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    let whole = train(&["--set", &format!("train.output={}", directory.path().join("whole").display())], None);
+    assert_eq!(last_json(&resumed)["loss_last"], last_json(&whole)["loss_last"]);
+    assert_eq!(last_json(&resumed)["steps"], 8);
+    // Nothing to go on from: it says so.
+    let early = train(
+        &["--set", "checkpoint.every=0", "--set", &format!("train.output={}", directory.path().join("none").display())],
+        Some("host@2"),
+    );
+    assert!(String::from_utf8_lossy(&early.stderr).contains("there is no checkpoint yet"));
+}

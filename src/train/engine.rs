@@ -8,7 +8,7 @@ use std::time::Duration;
 use candle_core::Tensor;
 use patrickstar_actors::Lease;
 use patrickstar_actors::runtime::{Runtime, StepStart, StepStats};
-use patrickstar_actors::timeline::{Timeline, Track};
+use patrickstar_actors::timeline::Timeline;
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Precision, Step, TensorId};
 use serde::Serialize;
 
@@ -239,10 +239,8 @@ impl Engine {
         }
     }
 
-    pub(super) fn compute_span(&self, start: std::time::Duration, pass: &str, block: usize) {
-        self.runtime
-            .timeline()
-            .span(Track::Compute, start, None, Bytes(0), || format!("{pass} {}", self.blocks[block].name()));
+    pub(super) fn draw(&self, lease: &mut Lease, start: Duration, pass: &str, block: usize) {
+        lease.draw(start, || format!("{pass} {}", self.blocks[block].name()));
     }
 
     pub(super) fn lease(&mut self, block: usize, with_gradients: bool) -> Result<Lease, Error> {

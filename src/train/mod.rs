@@ -1,6 +1,7 @@
 //! Training: the engine that drives blocks through leases, and the session around it.
 
 pub(crate) mod device;
+mod drill;
 pub mod engine;
 pub mod loss_scale;
 pub mod lr;

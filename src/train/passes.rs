@@ -37,7 +37,7 @@ impl Engine {
         let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
         for block in 0..self.blocks.len() - 1 {
             let (keep, away) = (self.plan.keeps_activations(block), self.plan.keeps_input_away(block));
-            let lease = self.lease(block, false)?;
+            let mut lease = self.lease(block, false)?;
             let start = self.runtime.timeline().now();
             let mut outputs = Vec::with_capacity(inputs.len());
             let mut of_block = Vec::with_capacity(inputs.len());
@@ -55,7 +55,7 @@ impl Engine {
                     (false, false) => Start::Input(input),
                 });
             }
-            self.compute_span(start, "forward", block);
+            self.draw(&mut lease, start, "forward", block);
             self.runtime.release_forward(self.end(block, lease))?;
             starts.push(of_block);
             inputs = outputs;
@@ -95,7 +95,7 @@ impl Engine {
         let mut upstream: Vec<Option<Tensor>> = vec![None; batch.micro.len()];
         for block in (0..=last).rev() {
             self.fetch_inputs(&mut starts[block.saturating_sub(FETCHED_AHEAD)..=block])?;
-            let lease = self.lease(block, true)?;
+            let mut lease = self.lease(block, true)?;
             let start = self.runtime.timeline().now();
             for (micro, begun) in std::mem::take(&mut starts[block]).into_iter().enumerate() {
                 let again = |input: Tensor| {
@@ -113,7 +113,7 @@ impl Engine {
                 }
                 upstream[micro] = pass.tape.backward(&pass.output, upstream[micro].take(), &pass.input)?;
             }
-            self.compute_span(start, "backward", block);
+            self.draw(&mut lease, start, "backward", block);
             self.runtime.release_backward(self.end(block, lease))?;
         }
         Ok(losses)

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::types::{Bytes, Step, Tier};
 use serde::Serialize;
 
+use super::drill::Drill;
 use super::engine::{Engine, StepReport};
 use super::model::{build, to_batch};
 use super::sample::{Sampling, generate};
@@ -175,21 +177,10 @@ impl Session {
 
     /// Trains to `train.steps`, or until `stop` turns true; then saves and writes the report.
     pub fn run(mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<Summary, Error> {
-        let total = self.config.train.steps;
-        let mut interrupted = false;
-        while self.engine.current_step().0 < total {
-            if stop.load(Ordering::Relaxed) {
-                interrupted = true;
-                observer.message("stopping after this step: saving a checkpoint");
-                break;
-            }
-            observer.before_step(&self.engine)?;
-            self.step(observer)?;
-            let step = self.engine.current_step().0;
-            if self.config.checkpoint.every > 0 && step.is_multiple_of(self.config.checkpoint.every) && step < total {
-                self.save(observer)?;
-            }
-        }
+        let interrupted = match self.train(stop, observer) {
+            Ok(interrupted) => interrupted,
+            Err(error) => return Err(self.stopped(error, observer)),
+        };
         self.save(observer)?;
         self.finish_saving(observer)?;
         // Generation is not part of the recorded steps.
@@ -197,6 +188,44 @@ impl Session {
         let sample = self.sample()?;
         let summary = self.summary(interrupted, sample)?;
         Ok(summary)
+    }
+
+    /// Whether `stop` ended it.
+    fn train(&mut self, stop: &AtomicBool, observer: &mut dyn Observer) -> Result<bool, Error> {
+        let total = self.config.train.steps;
+        let drill = Drill::from_environment()?;
+        while self.engine.current_step().0 < total {
+            if stop.load(Ordering::Relaxed) {
+                observer.message("stopping after this step: saving a checkpoint");
+                return Ok(true);
+            }
+            observer.before_step(&self.engine)?;
+            if let Some(drill) = &drill {
+                drill.before(Step(self.engine.current_step().0 + 1), self.engine.compute())?;
+            }
+            self.step(observer)?;
+            let step = self.engine.current_step().0;
+            if self.config.checkpoint.every > 0 && step.is_multiple_of(self.config.checkpoint.every) && step < total {
+                self.save(observer)?;
+            }
+        }
+        Ok(false)
+    }
+
+    /// What became of a step that failed, with the way back: states in memory may be of two steps, those of the last
+    /// checkpoint are whole.
+    fn stopped(&mut self, error: Error, observer: &mut dyn Observer) -> Error {
+        // One that is being written may still become whole; if not, the one before it counts.
+        if let Err(saving) = self.finish_saving(observer) {
+            tracing::warn!("the checkpoint that was being written is lost: {saving}");
+        }
+        let advice = match &self.last_checkpoint {
+            Some(path) => format!("{} is whole, --resume goes on from it", path.display()),
+            None => {
+                "there is no checkpoint yet, so begin again; checkpoint.every saves one every so many steps".to_owned()
+            }
+        };
+        Error::Stopped { step: self.engine.current_step().0 + 1, source: Box::new(error), advice }
     }
 
     fn step(&mut self, observer: &mut dyn Observer) -> Result<(), Error> {
@@ -378,7 +407,7 @@ impl Session {
     }
 
     fn write_pages(&mut self, summary: &mut Summary) -> Result<(), Error> {
-        let (spans, snapshots) = self.engine.runtime().timeline().take();
+        let (spans, snapshots) = self.engine.runtime().timeline().take().map_err(RuntimeError::from)?;
         let output = self.config.train.output.clone();
         if self.config.telemetry.trace_steps > 0 {
             let path = output.join("trace.json");

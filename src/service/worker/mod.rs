@@ -138,7 +138,17 @@ impl Lines {
 
 /// What a caller caused fails the same way again; what the machine caused may not.
 fn failure(error: &Error) -> FromWorker {
-    let (code, retry) = match error {
+    let (code, retry) = code_of(error);
+    let message = match error {
+        // How to go on is the service's business.
+        Error::Stopped { step, source, .. } => format!("step {step}: {source}"),
+        other => other.to_string(),
+    };
+    FromWorker::Failed { code: code.to_owned(), message, retry }
+}
+
+fn code_of(error: &Error) -> (&'static str, bool) {
+    match error {
         Error::Config(_) | Error::Layout(_) | Error::Model(_) => ("invalid_configuration", false),
         Error::Data(_) => ("invalid_training_file", false),
         Error::DoesNotFit(_) => ("insufficient_memory", false),
@@ -146,6 +156,6 @@ fn failure(error: &Error) -> FromWorker {
         Error::Checkpoint(_) => ("checkpoint_failed", true),
         Error::Runtime(_) | Error::Compute(_) => ("runtime_failed", true),
         Error::Io { .. } => ("io_failed", true),
-    };
-    FromWorker::Failed { code: code.to_owned(), message: error.to_string(), retry }
+        Error::Stopped { source, .. } => code_of(source),
+    }
 }

@@ -122,6 +122,12 @@ impl Monitor {
         Ok(())
     }
 
+    /// More or less of the device is kept free.
+    pub fn set_headroom(&mut self, headroom: f64) -> Result<(), RuntimeError> {
+        self.headroom = headroom;
+        self.publish()
+    }
+
     /// The device's memory changed hands: a neighbour took some, or gave it back.
     pub fn set_device(&mut self, device: Bytes) -> Result<(), RuntimeError> {
         self.device = device;

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::adam::AdamConfig;
 use crate::chunk::{Layout, Pass};
 use crate::error::RuntimeError;
-use crate::health::{ActorName, ActorStatus, Health};
+use crate::health::{ActorName, Health};
 use crate::idle::IdleTime;
 use crate::memory::{Arena, Backend, DiskTier, SlotAllocator};
 use crate::monitor::{MemoryProbe, NonModel};
@@ -16,7 +16,7 @@ use crate::reader::ChunkReader;
 use crate::reduction::GradientReady;
 use crate::schedule::{StaticSet, Trace, TraceRecorder};
 use crate::shared::{EvictionPolicy, Lease, Plan, Shared, StepLedger};
-use crate::split::Splitter;
+use crate::split::{Splitter, check_sides};
 use crate::stats::{StallCause, Stats, TierUse};
 pub use crate::step::{StepStart, StepStats};
 use crate::system::{ActorSystem, MonitorMessage, Parts, Retune};
@@ -24,7 +24,6 @@ use crate::table::{Access, Requester, Table};
 use crate::timeline::{ResidencySnapshot, Timeline, Track};
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
 use crate::updates::Updates;
-use crate::view::RuntimeView;
 
 /// Everything a runtime needs to know.
 #[derive(Clone, Debug)]
@@ -64,7 +63,7 @@ pub struct RuntimeConfig {
 pub struct Runtime {
     system: ActorSystem,
     pub(crate) shared: Arc<Shared>,
-    probe: Arc<dyn MemoryProbe>,
+    pub(crate) probe: Arc<dyn MemoryProbe>,
     non_model: Arc<NonModel>,
     /// Backward uses of each group in a step.
     gradient_uses: Vec<u32>,
@@ -73,6 +72,8 @@ pub struct Runtime {
     splitter: Option<Splitter>,
     /// Sides that groups take once no update of theirs is pending.
     sides: Vec<Side>,
+    /// Sides that somebody asked for, from the next step on.
+    wanted_sides: Mutex<Option<Vec<Side>>>,
     device: Bytes,
     device_peak: Bytes,
 }
@@ -116,12 +117,10 @@ impl Runtime {
         let left = config.device.0.saturating_sub(config.non_model.0) / chunk.0;
         table.budget[Tier::Device.index()] = device_slots.min(left.min(u64::from(u32::MAX)) as u32);
         let groups = layout.group_count();
-        if gradient_uses.len() != groups || config.sides.len() != groups {
-            return Err(RuntimeError::Misuse(format!(
-                "gradient uses are given for {} groups and sides for {}, the layout has {groups}",
-                gradient_uses.len(),
-                config.sides.len()
-            )));
+        check_sides(&config.sides, groups)?;
+        if gradient_uses.len() != groups {
+            let given = gradient_uses.len();
+            return Err(RuntimeError::Misuse(format!("gradient uses are given for {given} groups of {groups}")));
         }
         for (group, &side) in table.groups.iter_mut().zip(&config.sides) {
             group.side = side;
@@ -194,6 +193,7 @@ impl Runtime {
             recorder: None,
             splitter,
             sides: config.sides,
+            wanted_sides: Mutex::default(),
             device,
             device_peak: Bytes(0),
         })
@@ -218,6 +218,9 @@ impl Runtime {
     pub fn begin_step(&mut self, start: StepStart) -> Result<(), RuntimeError> {
         self.drain_reduction()?;
         self.shared.check()?;
+        if let Some(sides) = self.wanted_sides.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            (self.sides, self.splitter) = (sides, None);
+        }
         if self.shared.plan().is_none() {
             self.recorder = Some(TraceRecorder::new());
         }
@@ -452,24 +455,18 @@ impl Runtime {
         self.device
     }
 
-    /// New policies while training runs.
-    pub fn retune(&self, retune: Retune) -> Result<(), RuntimeError> {
+    /// New policies while training runs. Sides that are asked for are not changed by measurements any more.
+    pub fn retune(&self, mut retune: Retune) -> Result<(), RuntimeError> {
+        if let Some(sides) = retune.sides.take() {
+            check_sides(&sides, self.shared.layout.group_count())?;
+            *self.wanted_sides.lock().unwrap_or_else(PoisonError::into_inner) = Some(sides);
+        }
         self.system.retune(&self.shared, retune)
     }
 
     /// Where each group is stepped, or will be once the update under way is applied.
     pub fn sides(&self) -> &[Side] {
         &self.sides
-    }
-
-    /// State of the actors.
-    pub fn actors(&self) -> Vec<ActorStatus> {
-        self.shared.health.status()
-    }
-
-    /// What another thread may look at while training goes on.
-    pub fn view(&self) -> RuntimeView {
-        RuntimeView { shared: Arc::downgrade(&self.shared), probe: Arc::clone(&self.probe) }
     }
 
     /// Makes an actor panic in the middle of its next piece of work, to test that it is restored.

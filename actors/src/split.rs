@@ -3,8 +3,18 @@
 
 use std::time::Duration;
 
+use crate::error::RuntimeError;
 use crate::placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 use crate::stats::{Direction, Stats};
+
+/// Every group has a side.
+pub(crate) fn check_sides(sides: &[Side], groups: usize) -> Result<(), RuntimeError> {
+    let given = sides.len();
+    if given == groups {
+        return Ok(());
+    }
+    Err(RuntimeError::Misuse(format!("sides are given for {given} groups of {groups}")))
+}
 
 /// Steps after which the split is chosen anew: the first is the warm-up, and its successor still works it off.
 const CHOSEN_AFTER: u64 = 3;

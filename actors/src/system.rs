@@ -14,6 +14,7 @@ use crate::health::ActorName;
 use crate::memory::Backend;
 use crate::monitor::{MemoryProbe, Monitor, NonModel};
 use crate::optimizer::Optimizer;
+use crate::placement::Side;
 use crate::reduction::{GradientReady, Reduction};
 use crate::schedule::Policy;
 use crate::shared::{EvictionPolicy, Shared};
@@ -35,10 +36,12 @@ pub(crate) enum MonitorMessage {
     Sample,
     /// The device's memory changed.
     SetDevice(Bytes),
+    /// More or less of it is kept free.
+    SetHeadroom(f64),
 }
 
 /// New policies for a running training. `None` leaves a value.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Retune {
     /// How victims are chosen.
     pub policy: Option<Policy>,
@@ -46,6 +49,12 @@ pub struct Retune {
     pub prefetch: Option<u32>,
     /// Memory of the device.
     pub device: Option<Bytes>,
+    /// Host memory for chunks, up to what there was in the beginning.
+    pub host: Option<Bytes>,
+    /// Fraction of the measured non-model memory kept free on top of it.
+    pub headroom: Option<f64>,
+    /// Where each group is stepped.
+    pub sides: Option<Vec<Side>>,
 }
 
 impl Worker for Eviction {
@@ -83,6 +92,7 @@ impl Worker for Monitor {
             MonitorMessage::Publish => self.publish(),
             MonitorMessage::Sample => self.sample(),
             MonitorMessage::SetDevice(device) => self.set_device(device),
+            MonitorMessage::SetHeadroom(headroom) => self.set_headroom(headroom),
         }
     }
 }
@@ -155,6 +165,15 @@ impl ActorSystem {
         }
         if let Some(device) = retune.device {
             self.tell_monitor(MonitorMessage::SetDevice(device))?;
+        }
+        if let Some(headroom) = retune.headroom {
+            self.tell_monitor(MonitorMessage::SetHeadroom(headroom))?;
+        }
+        if let Some(host) = retune.host {
+            let mut table = shared.lock();
+            let slots = (host.0 / shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
+            let capacity = table.slots[Tier::Host.index()].capacity();
+            table.budget[Tier::Host.index()] = slots.min(capacity);
         }
         shared.ring();
         Ok(())

@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use crate::health::ActorStatus;
 use crate::monitor::MemoryProbe;
-use crate::shared::Shared;
+use crate::runtime::Runtime;
+use crate::shared::{EvictionPolicy, Shared};
 use crate::stats::TierUse;
 use crate::table::Table;
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
@@ -48,6 +49,23 @@ pub struct ChunkView {
     pub tier: Option<Tier>,
     /// As [`crate::chunk::ChunkState::name`].
     pub state: &'static str,
+}
+
+impl Runtime {
+    /// What another thread may look at while training goes on.
+    pub fn view(&self) -> RuntimeView {
+        RuntimeView { shared: Arc::downgrade(&self.shared), probe: Arc::clone(&self.probe) }
+    }
+
+    /// State of the actors.
+    pub fn actors(&self) -> Vec<ActorStatus> {
+        self.shared.health.status()
+    }
+
+    /// The policies in force.
+    pub fn policies(&self) -> EvictionPolicy {
+        self.shared.policies()
+    }
 }
 
 impl RuntimeView {

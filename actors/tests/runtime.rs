@@ -400,7 +400,13 @@ fn retuning_while_training_does_not_change_the_bits() {
     for step in 1..=4u64 {
         let policy = [Policy::Lru, Policy::Static, Policy::Opt][step as usize % 3];
         let device = Some(Bytes([20, 9, 14, 10][step as usize - 1] * CHUNK));
-        model.runtime.retune(Retune { policy: Some(policy), prefetch: Some(step as u32 % 3), device }).expect("retune");
+        let prefetch = Some(step as u32 % 3);
+        // Groups change sides, host memory shrinks by a slot and the reserve grows, all at once.
+        let sides = Some(patrickstar_actors::spread_sides(model.runtime.sides().len() as u32, 0, step as u32 % 3));
+        let host = Some(Bytes(model.runtime.tier_use(Tier::Host).capacity.0 - step % 2 * CHUNK));
+        let headroom = Some(0.1 * step as f64);
+        let retune = Retune { policy: Some(policy), prefetch, device, host, headroom, sides };
+        model.runtime.retune(retune).expect("retune");
         model.step(step).expect("step");
     }
     assert!(model.states().expect("states") == reference);

@@ -3,7 +3,7 @@
 from build import graph, row, stat, table
 
 TITLE = "Service and actors"
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "Processes, what they take of the machine, scrapes, and the actors of each job."
 RATE = "[$__rate_interval]"
 
@@ -16,9 +16,33 @@ PANELS = [
          thresholds=[(None, "green"), (0.1, "orange"), (1, "red")]),
     stat("Series", "Series in a scrape.", "none", "scrape_samples_scraped{PROCESS}", legend="{{instance}}", width=6),
 
+    row("Service"),
+    graph("Jobs", "Jobs by status. Those queued wait for their device.", "none",
+          ("patrickstar_service_jobs{PROCESS}", "{{status}}"), min=0),
+    graph("Requests", "Answers by status code.", "reqps",
+          ("sum by (code) (rate(patrickstar_service_http_request_duration_seconds_count{PROCESS}%s))" % RATE, "{{code}}"), min=0),
+    graph("Time to answer", "99 of 100 requests of a route are answered in this time; of a stream, its beginning.", "s",
+          ("histogram_quantile(0.99, sum by (le, route) (rate(patrickstar_service_http_request_duration_seconds_bucket{PROCESS}%s)))" % RATE,
+           "{{route}}"), min=0),
+    graph("Writes to the database", "Time until a change is safe on disk, 99 of 100.", "s",
+          ("histogram_quantile(0.99, sum by (le) (rate(patrickstar_service_store_write_duration_seconds_bucket{PROCESS}%s)))" % RATE,
+           "99 of 100"), min=0),
+    graph("Refused", "Requests without a known token, and those beyond a client's rate.", "none",
+          ("increase(patrickstar_service_auth_failures_total{PROCESS}[5m])", "no token"),
+          ("increase(patrickstar_service_rate_limited_total{PROCESS}[5m])", "too many"), min=0),
+    graph("Streams", "Clients that follow the events of a job.", "none",
+          ("patrickstar_service_streams{PROCESS}", "{{instance}}"), min=0),
+    graph("Workers started again", "Workers that died. Their jobs go on from the last checkpoint.", "none",
+          ("increase(patrickstar_service_worker_restarts_total{PROCESS}[15m])", "{{instance}}"), min=0),
+    graph("Configuration", "When the configuration in force was taken over, and whether a later one was refused.", "s",
+          ("time() - patrickstar_service_config_last_reload_success_timestamp_seconds{PROCESS}", "age"),
+          ("1 - patrickstar_service_config_last_reload_successful{PROCESS}", "refused"), min=0),
+
     row("Actors"),
     graph("Messages handled", "Work of each actor. One that stands still while the others work is stuck.", "none",
           ("sum by (actor) (rate(patrickstar_actor_messages_total{JOB}%s))" % RATE, "{{actor}}"), min=0),
+    graph("Messages that wait", "A mailbox that stays full holds up whoever sends to it.", "none",
+          ("sum by (actor) (patrickstar_actor_mailbox_messages{JOB})", "{{actor}}"), min=0),
     graph("Restarts", "Actors restored after a panic. Five in a row without progress end the training.", "none",
           ("sum by (job_id, actor) (increase(patrickstar_actor_restarts_total{JOB}[5m]))", "{{job_id}} {{actor}}"), min=0),
 

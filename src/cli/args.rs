@@ -132,8 +132,11 @@ pub struct TrainArgs {
 /// Arguments of `serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// Configuration file (TOML) that all jobs begin with.
+    /// Configuration file (TOML) that all jobs begin with; SIGHUP reads it again.
     pub config: Option<PathBuf>,
+    /// Read the configuration again whenever its file changes.
+    #[arg(long, requires = "config")]
+    pub watch_config: bool,
     /// Address to listen on; one that others can reach needs a token.
     #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,

@@ -24,7 +24,8 @@ pub use error::{CANCELLED, CliError, DOES_NOT_FIT, ERROR, UNREACHABLE};
 use std::process::ExitCode;
 
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+
+use crate::telemetry::logging;
 
 /// Parses the arguments of this process, runs the command and reports what went wrong.
 pub fn main() -> ExitCode {
@@ -58,17 +59,11 @@ pub fn run(command: Command) -> Result<ExitCode, CliError> {
 }
 
 fn logging(cli: &Cli) -> Result<(), CliError> {
-    let filter = EnvFilter::try_new(&cli.log_level).map_err(|source| CliError::Failed {
+    let as_json = matches!(cli.log_format, args::LogFormat::Json);
+    logging::init(&cli.log_level, as_json).map_err(|reason| CliError::Failed {
         doing: format!("`--log-level {}` is not a level or a filter", cli.log_level),
-        source: source.into(),
-    })?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    // An embedding test may have set a subscriber already; the first one stays.
-    let _already_set = match cli.log_format {
-        args::LogFormat::Pretty => builder.try_init(),
-        args::LogFormat::Json => builder.json().try_init(),
-    };
-    Ok(())
+        source: reason.into(),
+    })
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
         listen: args.listen,
         data: args.data,
         config: args.config,
+        watch_config: args.watch_config,
         allowed_hosts: args.allowed_host,
         sample_device: args.sample_device,
         tokens: Tokens::load(args.token_file.as_deref(), token.as_deref()).map_err(failed)?,

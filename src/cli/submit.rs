@@ -10,7 +10,7 @@ use super::jobs::{client, show, watch};
 use super::{CliError, output};
 use crate::client::Client;
 use crate::config::{Config, Loaded, Origin, Sources};
-use crate::service::{RESERVED, preset_of_shape};
+use crate::service::{is_reserved, preset_of_shape};
 
 pub fn run(args: SubmitArgs) -> Result<ExitCode, CliError> {
     let loaded = Sources::process(args.source.config.clone(), args.source.set.clone()).load()?;
@@ -46,7 +46,7 @@ fn body(args: &SubmitArgs, loaded: &Loaded) -> Result<Value, CliError> {
         if loaded.origins.of(&key) == Origin::Default {
             continue;
         }
-        if RESERVED.contains(&key.as_str()) {
+        if is_reserved(&key) {
             left_out.push(key);
         } else if let Some(value) = config.pointer(&format!("/{}", key.replace('.', "/"))) {
             settings.insert(key, value.clone());

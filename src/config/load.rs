@@ -13,6 +13,8 @@ const PREFIX: &str = "PATRICKSTAR_";
 /// What a configuration is made from.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
+    /// What lies below all others instead of the defaults.
+    pub base: Option<Loaded>,
     /// TOML file.
     pub file: Option<PathBuf>,
     /// Environment variables; only `PATRICKSTAR_TABLE__KEY` ones count.
@@ -36,7 +38,7 @@ impl Sources {
         // Variables that are not UTF-8 cannot be ours.
         let env =
             std::env::vars_os().filter_map(|(var, value)| Some((var.into_string().ok()?, value.into_string().ok()?)));
-        Sources { file, env: env.collect(), set }
+        Sources { base: None, file, env: env.collect(), set }
     }
 
     /// Reads every layer and validates the result.
@@ -48,7 +50,7 @@ impl Sources {
 
     /// Reads every layer without checks across keys.
     pub fn merge(&self) -> Result<Loaded, ConfigError> {
-        let mut layers = Layers { keys: Config::keys(), table: Table::new(), origins: Origins::default() };
+        let mut layers = Layers::over(self.base.as_ref().unwrap_or(&Loaded::default()))?;
         if let Some(path) = &self.file {
             layers.file(path)?;
         }
@@ -64,8 +66,7 @@ impl Sources {
             let (key, text) = pair.split_once('=').ok_or_else(|| ConfigError::Flag { text: pair.clone() })?;
             layers.text(key.trim(), text.trim(), Origin::Flag)?;
         }
-        let config = Config::deserialize_table(layers.table).map_err(ConfigError::Internal)?;
-        Ok(Loaded { config, origins: layers.origins })
+        layers.finish()
     }
 }
 
@@ -75,13 +76,43 @@ impl Config {
     }
 }
 
-struct Layers {
+pub(super) struct Layers {
     keys: Vec<KeyInfo>,
     table: Table,
     origins: Origins,
 }
 
 impl Layers {
+    pub fn over(base: &Loaded) -> Result<Self, ConfigError> {
+        let table =
+            Table::try_from(&base.config).map_err(|error| ConfigError::Internal(format!("the base: {error}")))?;
+        Ok(Layers { keys: Config::keys(), table, origins: base.origins.clone() })
+    }
+
+    pub fn finish(self) -> Result<Loaded, ConfigError> {
+        let config = Config::deserialize_table(self.table).map_err(ConfigError::Internal)?;
+        Ok(Loaded { config, origins: self.origins })
+    }
+
+    pub fn is_key(&self, key: &str) -> bool {
+        self.keys.iter().any(|info| info.key == key)
+    }
+
+    /// Takes a key back to its default.
+    pub fn reset(&mut self, key: &str, origin: Origin) -> Result<(), ConfigError> {
+        if !self.is_key(key) {
+            return Err(self.unknown(key, Value::String("null".to_owned()), origin));
+        }
+        let mut table = Some(&mut self.table);
+        let (path, leaf) = key.rsplit_once('.').unwrap_or(("", key));
+        for part in path.split('.').filter(|part| !part.is_empty()) {
+            table = table.and_then(|table| table.get_mut(part)?.as_table_mut());
+        }
+        table.and_then(|table| table.remove(leaf));
+        self.origins.0.remove(key);
+        Ok(())
+    }
+
     fn file(&mut self, path: &Path) -> Result<(), ConfigError> {
         let text =
             std::fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
@@ -106,7 +137,7 @@ impl Layers {
             let key =
                 if prefix.is_empty() { name.get_ref().to_string() } else { format!("{prefix}.{}", name.get_ref()) };
             let Some(value) = plain.get(name.get_ref().as_ref()) else { continue };
-            let is_leaf = self.keys.iter().any(|info| info.key == key);
+            let is_leaf = self.is_key(&key);
             match (spanned.get_ref(), value) {
                 (DeValue::Table(spans), Value::Table(plain)) if !is_leaf && !plain.is_empty() => {
                     self.tables(spans, plain, &key, path, text)?;
@@ -131,7 +162,7 @@ impl Layers {
         self.put(key, value, origin)
     }
 
-    fn put(&mut self, key: &str, value: Value, origin: Origin) -> Result<(), ConfigError> {
+    pub fn put(&mut self, key: &str, value: Value, origin: Origin) -> Result<(), ConfigError> {
         let Some(info) = self.keys.iter().find(|info| info.key == key) else {
             return Err(self.unknown(key, value, origin));
         };

@@ -2,7 +2,7 @@ use super::*;
 
 fn sources(file: Option<PathBuf>, env: &[(&str, &str)], set: &[&str]) -> Sources {
     let env = env.iter().map(|(var, value)| (var.to_string(), value.to_string())).collect();
-    Sources { file, env, set: set.iter().map(|pair| pair.to_string()).collect() }
+    Sources { base: None, file, env, set: set.iter().map(|pair| pair.to_string()).collect() }
 }
 
 fn message(env: &[(&str, &str)], set: &[&str]) -> String {

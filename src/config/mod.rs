@@ -2,6 +2,7 @@
 
 mod error;
 mod keys;
+mod live;
 mod load;
 mod origin;
 mod sections;
@@ -10,10 +11,12 @@ mod values;
 
 pub use error::ConfigError;
 pub use keys::KeyInfo;
+pub use live::{Changes, LIVE_KEYS};
 pub use load::{Loaded, Sources};
 pub use origin::{Origin, Origins};
 pub use sections::{
-    Actors, Checkpoint, Compute, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Telemetry, Train,
+    Actors, Checkpoint, Compute, Data, Eviction, Memory, Model, Monitor, Optimizer, Reduction, Service, Telemetry,
+    Train,
 };
 pub use validate::SHAPES;
 pub use values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
@@ -41,4 +44,6 @@ pub struct Config {
     pub telemetry: Telemetry,
     /// The independent parts of the runtime.
     pub actors: Actors,
+    /// The service itself; jobs cannot set these.
+    pub service: Service,
 }

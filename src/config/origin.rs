@@ -27,6 +27,8 @@ pub enum Origin {
     },
     /// A `--set` flag.
     Flag,
+    /// A change while the service runs.
+    Live,
 }
 
 impl fmt::Display for Origin {
@@ -36,6 +38,7 @@ impl fmt::Display for Origin {
             Origin::File { path, line } => write!(f, "{}:{line}", path.display()),
             Origin::Env { var } => write!(f, "environment variable {var}"),
             Origin::Flag => f.write_str("--set"),
+            Origin::Live => f.write_str("changed while running"),
         }
     }
 }

@@ -295,3 +295,19 @@ pub struct Actors {
     /// The reduction of gradients.
     pub reduction: Reduction,
 }
+
+/// The service itself; jobs cannot set these.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Service {
+    /// Least severe messages that the service and its workers log, or a filter; empty for what the command line says.
+    pub log_level: String,
+    /// Requests a second of one token, or of one address where there are no tokens; a second's worth may come at once. 0 is no limit.
+    pub requests_per_second: u32,
+}
+
+impl Default for Service {
+    fn default() -> Self {
+        Service { log_level: String::new(), requests_per_second: 2000 }
+    }
+}

@@ -137,6 +137,10 @@ impl Config {
             self.telemetry.metrics_listen.is_empty() || self.metrics_address().is_some(),
             "`telemetry.metrics_listen` is no address: use such as \"127.0.0.1:9464\", or \"\"",
         );
+        check(
+            tracing_subscriber::EnvFilter::try_new(&self.service.log_level).is_ok(),
+            "`service.log_level` is neither a level nor a filter: use such as \"info\", or \"\"",
+        );
         check(self.checkpoint.keep > 0, "`checkpoint.keep` is 0: keep at least 1");
         check(actors.reduction.mailbox > 0, "`actors.reduction.mailbox` is 0: set it to 1 or more");
         check(actors.monitor.interval_ms > 0, "`actors.monitor.interval_ms` is 0: set it to 1 or more");

@@ -6,6 +6,11 @@ use super::Plan;
 use crate::config::{Config, Placement};
 
 impl Plan {
+    /// Device memory below which a job of this plan cannot go on: its largest access beside what is not chunks.
+    pub fn least_device(&self) -> Bytes {
+        Bytes(u64::from(self.working_set_chunks) * self.chunk.0 + self.reserved.0)
+    }
+
     pub(super) fn verify(&mut self, config: &Config, needed: u32) {
         let chunk = self.chunk.0;
         let bytes = |slots: u32| Bytes(u64::from(slots) * chunk);

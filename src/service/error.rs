@@ -1,6 +1,7 @@
 //! Why the service refuses or fails.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use thiserror::Error;
 
@@ -63,6 +64,12 @@ pub enum ServiceError {
     /// A text was not finished.
     #[error("{0}")]
     Sampling(String),
+    /// A client asks too often.
+    #[error("too many requests: try again in {} s", wait.as_secs_f64().ceil())]
+    TooMany {
+        /// When the next one may come.
+        wait: Duration,
+    },
     /// The service is about to end.
     #[error("the service is shutting down: try again when it is back")]
     Stopping,

@@ -11,13 +11,16 @@
 //! - `child`: how both kinds of processes are started.
 //! - `api`: the HTTP interface; `request`, `hyperparameters` and `presets` make a client's wishes into a configuration.
 //! - [`tokens`], [`settings`]: who may do what, and how much of it.
+//! - `live`: the configuration that jobs begin with, and how it changes; `rate`: how much one client may ask.
 //! - `serve`: start and end of it all.
 
 mod api;
 mod child;
 pub mod error;
 mod hyperparameters;
+mod live;
 mod presets;
+mod rate;
 mod request;
 pub mod sampler;
 mod samplers;
@@ -30,5 +33,5 @@ pub mod worker;
 
 pub use api::openapi;
 pub(crate) use presets::preset_of_shape;
-pub(crate) use request::RESERVED;
+pub(crate) use request::is_reserved;
 pub use serve::serve;

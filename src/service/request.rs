@@ -1,7 +1,5 @@
 //! What a client asks for, as a job that can be stored: preset, hyperparameters and overrides become one configuration.
 
-use std::path::Path;
-
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
@@ -14,8 +12,12 @@ use crate::config::{Config, ConfigError, Loaded, Origin, Sources};
 use crate::train::device::is_cuda;
 
 /// Keys that name files of the machine: jobs get theirs from the service.
-pub(crate) const RESERVED: [&str; 5] =
-    ["data.path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
+const RESERVED: [&str; 5] = ["data.path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
+/// Whether a job cannot set this key: it is the service's.
+pub(crate) fn is_reserved(key: &str) -> bool {
+    RESERVED.contains(&key) || key.starts_with("service.")
+}
+
 /// Passes over the data where nobody says how many.
 const DEFAULT_EPOCHS: u32 = 3;
 
@@ -71,7 +73,7 @@ pub struct PlanRequest {
 
 impl PlanRequest {
     /// The configuration that a job of these settings would have.
-    pub fn config(self, base: Option<&Path>) -> Result<Config, ServiceError> {
+    pub fn config(self, base: &Loaded) -> Result<Config, ServiceError> {
         let wanted = Hyperparameters::read(self.method.as_ref(), self.hyperparameters.as_ref())?;
         Ok(resolve(base, &self.model, &wanted, self.patrickstar.unwrap_or_default())?.config)
     }
@@ -88,7 +90,7 @@ impl JobRequest {
     }
 
     /// The job, checked in everything but the content of its file.
-    pub fn into_job(self, base: Option<&Path>) -> Result<NewJob, ServiceError> {
+    pub fn into_job(self, base: &Loaded) -> Result<NewJob, ServiceError> {
         self.check()?;
         let wanted = Hyperparameters::read(self.method.as_ref(), self.hyperparameters.as_ref())?;
         let training_file = self.training_file()?;
@@ -170,9 +172,9 @@ fn device(config: &Config) -> String {
     if is_cuda(&config.compute) { format!("cuda:{}", config.compute.ordinal) } else { "cpu".to_owned() }
 }
 
-/// Service's file, then the preset, then hyperparameters, then the client's own settings; the last one wins.
+/// The service's configuration, then the preset, then hyperparameters, then the client's own settings; the last one wins.
 fn resolve(
-    base: Option<&Path>,
+    base: &Loaded,
     model: &str,
     wanted: &Hyperparameters,
     overrides: Map<String, Value>,
@@ -188,7 +190,7 @@ fn resolve(
     let mut set = preset.pairs();
     set.extend(wanted.batch_size.map(|batch| format!("train.batch={batch}")));
     flatten("", Value::Object(overrides), &mut set)?;
-    let mut loaded = Sources::process(base.map(Path::to_owned), set).load().map_err(refusal)?;
+    let mut loaded = Sources { base: Some(base.clone()), set, ..Sources::default() }.load().map_err(refusal)?;
     if let Some(factor) = wanted.learning_rate_multiplier {
         loaded.config.train.lr *= factor;
     }
@@ -219,8 +221,8 @@ fn flatten(prefix: &str, value: Value, pairs: &mut Vec<String>) -> Result<(), Se
             }
             Ok(())
         }
-        _ if RESERVED.contains(&prefix) => {
-            Err(ServiceError::invalid(&param, format!("`{prefix}` names files of the machine: the service sets it")))
+        _ if is_reserved(prefix) => {
+            Err(ServiceError::invalid(&param, format!("`{prefix}` cannot be set by a job: it is the service's")))
         }
         Value::Null | Value::Array(_) => {
             Err(ServiceError::invalid(&param, format!("`{prefix}` must be text, a number, or true or false")))
@@ -257,7 +259,7 @@ mod tests {
         for (key, value) in body.as_object().unwrap() {
             whole[key] = value.clone();
         }
-        serde_json::from_value::<JobRequest>(whole).unwrap().into_job(None)
+        serde_json::from_value::<JobRequest>(whole).unwrap().into_job(&Loaded::default())
     }
 
     #[test]

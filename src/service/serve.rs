@@ -11,10 +11,12 @@ use tokio::sync::watch;
 
 use super::api::{self, State};
 use super::error::ServiceError;
+use super::live::Live;
 use super::samplers::Samplers;
 use super::settings::Settings;
 use super::store::{FileId, StoreHandle};
 use super::supervisor::Supervisor;
+use crate::telemetry::metrics::{self, Counter, Gauge};
 
 /// How long workers may take to save their checkpoints when the service ends; afterwards they end with it.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -46,20 +48,37 @@ fn lock(data: &Path) -> Result<std::fs::File, ServiceError> {
 
 async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), ServiceError> {
     let settings = Arc::new(settings);
-    let signals = Signals::new()?;
+    let registry = metrics::install(None).map_err(|error| ServiceError::Setup(error.to_string()))?;
+    // A counter begins at 0 and not at its first increment, which `rate` would not see.
+    for counter in [Counter::AuthFailures, Counter::RateLimited, Counter::WorkerRestarts] {
+        registry.counter(counter, &[]).increment(0);
+    }
+    registry.gauge(Gauge::OpenStreams, &[]).set(0.0);
+    let (mut signals, hangup) = (Signals::new()?, listen(SignalKind::hangup())?);
     let store = StoreHandle::open(&settings.data.join("store.sqlite"))?;
     remove_strays(&settings.files(), &store).await?;
     let (stop, stopping) = watch::channel(false);
     let (supervisor, handle) = Supervisor::new(Arc::clone(&settings), store.clone());
     let mut supervising = tokio::spawn(supervisor.run());
+    let live = Live::open(settings.config.clone(), store.clone(), handle.clone())?;
+    let live = Arc::new(live);
     let samplers = Samplers::new(settings.sample_device, settings.limits);
-    let (server, address) = api::server(State { settings, store, supervisor: handle.clone(), samplers, stopping })?;
+    let watched = settings.watch_config;
+    let (server, address) = api::server(State {
+        settings,
+        store,
+        supervisor: handle.clone(),
+        samplers,
+        live: Arc::clone(&live),
+        stopping,
+    })?;
     let control = server.handle();
     let mut serving = actix_web::rt::spawn(server);
     ready(address);
-    let mut signals = signals;
+    let reloading = async { tokio::join!(reload_on(hangup, &live), watch(&live, watched)) };
     tokio::select! {
         () = signals.next() => {}
+        _ = reloading => return Err(ServiceError::Internal("signals are not heard any more".into())),
         // Without a supervisor jobs would wait for ever: better to end, and to be started again.
         ended = &mut supervising => return Err(ServiceError::Internal(format!("the supervisor ended: {ended:?}"))),
         ended = &mut serving => return Err(ServiceError::Internal(format!("the server ended: {ended:?}"))),
@@ -83,6 +102,21 @@ async fn unless_told_again(leave: impl Future<Output = ()>, signals: &mut Signal
     }
 }
 
+/// Reads the configuration again at every SIGHUP.
+async fn reload_on(mut hangup: Signal, live: &Live) {
+    while hangup.recv().await.is_some() {
+        live.reload_and_tell().await;
+    }
+}
+
+async fn watch(live: &Live, watched: bool) {
+    if watched { live.watch().await } else { std::future::pending().await }
+}
+
+fn listen(kind: SignalKind) -> Result<Signal, ServiceError> {
+    signal(kind).map_err(|error| ServiceError::Setup(format!("signals cannot be handled: {error}")))
+}
+
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -90,8 +124,6 @@ struct Signals {
 
 impl Signals {
     fn new() -> Result<Self, ServiceError> {
-        let listen =
-            |kind| signal(kind).map_err(|error| ServiceError::Setup(format!("signals cannot be handled: {error}")));
         Ok(Signals { terminate: listen(SignalKind::terminate())?, interrupt: listen(SignalKind::interrupt())? })
     }
 

@@ -17,6 +17,8 @@ pub struct Settings {
     pub data: PathBuf,
     /// Configuration that all jobs begin with.
     pub config: Option<PathBuf>,
+    /// Whether to read it again when it has changed.
+    pub watch_config: bool,
     /// Where texts are computed.
     pub sample_device: DeviceKind,
     /// Names besides IP addresses and localhost by which clients may call.

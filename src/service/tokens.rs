@@ -86,12 +86,12 @@ impl Tokens {
         self.0.is_empty()
     }
 
-    /// What the bearer of `token` may do.
-    pub fn scope(&self, token: &str) -> Option<Scope> {
+    /// What the bearer of `token` may do, and the number that the token goes by.
+    pub fn find(&self, token: &str) -> Option<(Scope, usize)> {
         let hash: [u8; 32] = Sha256::digest(token.as_bytes()).into();
         // All are compared, so that the time does not tell which one was close.
-        let known = self.0.iter().filter(|(_, known)| bool::from(known.ct_eq(&hash)));
-        known.map(|(scope, _)| *scope).max()
+        let known = self.0.iter().enumerate().filter(|(_, (_, known))| bool::from(known.ct_eq(&hash)));
+        known.map(|(number, (scope, _))| (*scope, number)).max()
     }
 }
 
@@ -120,10 +120,10 @@ mod tests {
         let hex = |token: &str| Sha256::digest(token.as_bytes()).iter().map(|b| format!("{b:02x}")).collect::<String>();
         std::fs::write(&path, format!("# two\nread sha256:{}\n\nwrite sha256:{}\n", hex("r"), hex("w"))).unwrap();
         let tokens = Tokens::load(Some(&path), Some("a-long-random-token")).unwrap();
-        assert_eq!(tokens.scope("r"), Some(Scope::Read));
-        assert_eq!(tokens.scope("w"), Some(Scope::Write));
-        assert_eq!(tokens.scope("a-long-random-token"), Some(Scope::Admin));
-        assert_eq!(tokens.scope(&hex("r")), None);
+        assert_eq!(tokens.find("r"), Some((Scope::Read, 0)));
+        assert_eq!(tokens.find("w"), Some((Scope::Write, 1)));
+        assert_eq!(tokens.find("a-long-random-token"), Some((Scope::Admin, 2)));
+        assert_eq!(tokens.find(&hex("r")), None);
         assert!(Tokens::load(None, Some("short")).is_err());
         for bad in ["read secret-token-in-the-open", "root sha256:00", &format!("read sha256:{}", "g".repeat(64)), "x"]
         {

@@ -338,6 +338,11 @@ impl Engine {
         self.program.parameters.iter().map(|spec| spec.name.clone()).collect()
     }
 
+    /// What this model would need under another configuration.
+    pub fn replan(&self, config: &Config) -> Result<Plan, Error> {
+        Plan::new(config, &self.program)
+    }
+
     /// The runtime below, for statistics, tuning and traces.
     pub fn runtime(&self) -> &Runtime {
         &self.runtime

@@ -1,13 +1,14 @@
-//! A real Prometheus scrapes a real training, and is asked everything that boards, rules and alerts will ever ask.
+//! A real Prometheus scrapes a real service while it trains, and is asked everything that boards, rules and alerts will ever ask.
 
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::boards::Board;
+use crate::client::{Service, until};
 use crate::contract::declared;
 use crate::expression::answerable;
 use crate::repository;
@@ -50,15 +51,17 @@ fn every_query_of_every_board_and_rule_has_data_while_a_model_trains() {
         return say("not run: boards against a real Prometheus (apt-get install prometheus)");
     }
     let directory = tempfile::tempdir().unwrap();
-    let (metrics, prometheus) = (free_port(), free_port());
-    let mut training = train(directory.path(), metrics);
+    let service = Service::start(&directory.path().join("data"));
+    let job = train(&service);
+    let metrics = service.address.rsplit_once(':').unwrap().1.parse().unwrap();
+    let prometheus = free_port();
     let mut server = scrape(directory.path(), metrics, prometheus);
     let start = Instant::now();
     let mut open = questions_of_boards();
     open.extend(questions_of_rules(prometheus, start));
     let asked = open.len();
     while !open.is_empty() {
-        training.assert_running("the training");
+        assert_eq!(service.show(&job)["status"], "running", "{}", service.show(&job)["error"]);
         server.assert_running("prometheus");
         open.retain(|question| !question.has_data(prometheus));
         let names: Vec<_> = open.iter().map(|question| format!("{}: {}", question.place, question.text)).collect();
@@ -72,24 +75,22 @@ fn every_query_of_every_board_and_rule_has_data_while_a_model_trains() {
     }
     check_exposition(&get(metrics, "/metrics").unwrap());
     time_scrapes(metrics);
+    // With the worker go the series of its job; the service's own stay.
+    service.order(&job, "pause").ok();
+    let left = until("the job's series to go", || get(metrics, "/metrics").filter(|text| !text.contains(&job)));
+    assert!(left.contains("patrickstar_service_jobs{status=\"paused\"} 1\n"), "{left}");
 }
 
 /// Trains on the CPU until it is killed, on a device and a host so small that chunks move between all tiers.
-fn train(directory: &Path, port: u16) -> Server {
-    let text = directory.join("text.txt");
-    std::fs::write(&text, "the quick brown fox jumps over the lazy dog. ".repeat(400)).unwrap();
-    let path = directory.join("tiny.toml");
-    let config = format!(
-        "[model]\nhidden = 32\nlayers = 2\nheads = 2\ncontext = 32\n\
-         [memory]\ndevice = \"2600KiB\"\nhost = \"700KiB\"\ndisk = \"4MB\"\nchunk = \"32KiB\"\n\
-         [train]\nsteps = 100000000\nbatch = 4\nmicro_batches = 2\nseq_len = 32\nrecompute = \"full\"\nlog_every = 100000\noutput = \"{}\"\n\
-         [checkpoint]\nevery = 200\n[data]\npath = \"{}\"\n[telemetry]\ntensorboard = false\nreport = false\n",
-        directory.join("run").display(),
-        text.display()
-    );
-    std::fs::write(&path, config).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_patrickstar"));
-    Server::start(command.arg("train").arg(path).args(["--metrics", &format!("127.0.0.1:{port}")]))
+fn train(service: &Service) -> String {
+    let settings = json!({
+        "model.context": 32, "train.seq_len": 32, "train.micro_batches": 2, "train.steps": 100_000_000,
+        "train.recompute": "full", "train.log_every": 100, "checkpoint.every": 200, "telemetry.tensorboard": false,
+        "memory": { "device": "2600KiB", "host": "700KiB", "disk": "4MB", "chunk": "32KiB" },
+    });
+    let job = service.job(&service.training_file(), &settings);
+    service.until_step(&job, 10);
+    job
 }
 
 /// A Prometheus with the repository's rules, which looks every second.

@@ -1,8 +1,11 @@
-//! Metrics, boards and alerts: their contract with each other, and a real Prometheus that scrapes a real training.
+//! Metrics, boards and alerts: their contract with each other, and a real Prometheus that scrapes a real service.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
 mod boards;
+#[path = "../service/client.rs"]
+#[allow(dead_code, clippy::print_stdout)] // the service's own tests need more of it
+mod client;
 mod contract;
 mod endpoint;
 mod expression;

@@ -6,6 +6,7 @@
 mod cli;
 mod client;
 mod completions;
+mod config;
 mod crash;
 mod jobs;
 mod kills;

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use patrickstar::Config;
-use patrickstar::config::Policy;
+use patrickstar::config::{Placement, Policy};
 use patrickstar::service::worker::protocol::{FromWorker, Policies, ToWorker};
 
 struct Worker {
@@ -81,10 +81,15 @@ fn pausing_and_retuning_change_no_bit() {
     let config = config(directory.path(), "parts");
     let mut parts = Vec::new();
     let orders = |step| match step {
-        5 => Some(ToWorker::Retune(Policies { policy: Some(Policy::Lru), prefetch: Some(0), device: None })),
-        15 => {
-            Some(ToWorker::Retune(Policies { policy: Some(Policy::Opt), prefetch: Some(4), device: Some(3_800_000) }))
-        }
+        5 => Some(ToWorker::Retune(Policies { policy: Some(Policy::Lru), prefetch: Some(0), ..Policies::default() })),
+        15 => Some(ToWorker::Retune(Policies {
+            policy: Some(Policy::Opt),
+            prefetch: Some(4),
+            device: Some(3_800_000),
+            headroom: Some(0.1),
+            placement: Some(Placement::Host),
+            ..Policies::default()
+        })),
         40 => Some(ToWorker::Pause),
         _ => None,
     };

@@ -12,7 +12,9 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Ref, RefOr};
 
 use super::error::ErrorAnswer;
-use super::{ROUTES, completions, events, files, health, jobs, models, observe, page, plan, stream, upload};
+use super::{
+    ROUTES, completions, config, events, files, health, jobs, measure, models, observe, page, plan, stream, upload,
+};
 
 /// Name of the way in which requests show a token.
 const TOKEN: &str = "token";
@@ -29,6 +31,7 @@ const TOKEN: &str = "token";
         page::live,
         health::live,
         health::ready,
+        measure::metrics,
         models::list,
         models::retrieve,
         completions::text,
@@ -50,6 +53,8 @@ const TOKEN: &str = "token";
         stream::stream,
         observe::chunks,
         observe::actors,
+        config::show,
+        config::change,
     ),
     components(schemas(ErrorAnswer))
 )]

@@ -46,7 +46,9 @@ impl ResponseError for ServiceError {
             ServiceError::NotFound { .. } | ServiceError::NoRoute(_) => StatusCode::NOT_FOUND,
             ServiceError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             ServiceError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
-            ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) => StatusCode::TOO_MANY_REQUESTS,
+            ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) | ServiceError::TooMany { .. } => {
+                StatusCode::TOO_MANY_REQUESTS
+            }
             ServiceError::Stopping | ServiceError::NoAnswer(_) | ServiceError::Sampling(_) => {
                 StatusCode::SERVICE_UNAVAILABLE
             }
@@ -68,6 +70,9 @@ impl ResponseError for ServiceError {
         match self {
             ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) | ServiceError::Stopping => {
                 response.insert_header((RETRY_AFTER, RETRY.to_string()));
+            }
+            ServiceError::TooMany { wait } => {
+                response.insert_header((RETRY_AFTER, (wait.as_secs_f64().ceil() as u64).to_string()));
             }
             ServiceError::NoAnswer(_) => {
                 response.insert_header((RETRY_AFTER, "1"));
@@ -110,6 +115,7 @@ fn code(error: &ServiceError) -> &str {
         ServiceError::Method(_) => "method_not_allowed",
         ServiceError::TooLarge { .. } => "too_large",
         ServiceError::QueueFull(_) => "queue_full",
+        ServiceError::TooMany { .. } => "rate_limit_exceeded",
         ServiceError::SamplersBusy(_) => "samplers_busy",
         ServiceError::Sampling(_) => "sampling_failed",
         ServiceError::Stopping => "shutting_down",

@@ -14,8 +14,10 @@ use actix_web::{Error, HttpResponse, web};
 use super::error::envelope;
 use super::{ROUTES, State};
 use crate::service::error::ServiceError;
+use crate::service::rate::Client;
 use crate::service::settings::Settings;
 use crate::service::tokens::Scope;
+use crate::telemetry::metrics::{Counter, count};
 
 /// Refuses, or lets the request through and gives errors the shape that clients read.
 pub(super) async fn guard<B: MessageBody>(
@@ -47,7 +49,26 @@ fn check(request: &ServiceRequest) -> Result<(), ServiceError> {
     let route = ROUTES.iter().find(|route| Some(route.path) == pattern.as_deref() && route.method == request.method());
     match route.map_or(Some(Scope::Read), |route| route.scope) {
         None => Ok(()),
-        Some(needed) => check_token(request.headers(), &state.settings, needed),
+        Some(needed) => {
+            let bearer = bearer(request.headers(), &state.settings);
+            // Whoever tries tokens is counted too, by address.
+            let address = request.peer_addr().map_or(IpAddr::from([0, 0, 0, 0]), |peer| peer.ip());
+            let client = bearer.map_or(Client::Address(address), |(_, number)| Client::Token(number));
+            state.live.rate.check(client).map_err(|wait| {
+                count(Counter::RateLimited);
+                ServiceError::TooMany { wait }
+            })?;
+            match bearer {
+                // Only on loopback: `Settings::check` refuses to start otherwise.
+                _ if state.settings.tokens.is_empty() => Ok(()),
+                None => {
+                    count(Counter::AuthFailures);
+                    Err(ServiceError::Unauthorized)
+                }
+                Some((scope, _)) if scope >= needed => Ok(()),
+                Some(_) => Err(ServiceError::Forbidden(needed.name())),
+            }
+        }
     }
 }
 
@@ -94,13 +115,8 @@ fn check_origin(headers: &HeaderMap, host: &str) -> Result<(), ServiceError> {
     if site.is_some_and(|site| !matches!(site, "same-origin" | "none")) { Err(refused()) } else { Ok(()) }
 }
 
-fn check_token(headers: &HeaderMap, settings: &Settings, needed: Scope) -> Result<(), ServiceError> {
-    if settings.tokens.is_empty() {
-        // Only on loopback: `Settings::check` refuses to start otherwise.
-        return Ok(());
-    }
-    let header = text(headers, &AUTHORIZATION).map_err(|_| ServiceError::Unauthorized)?;
-    let token = header.and_then(|header| header.strip_prefix("Bearer ")).ok_or(ServiceError::Unauthorized)?;
-    let scope = settings.tokens.scope(token.trim()).ok_or(ServiceError::Unauthorized)?;
-    if scope >= needed { Ok(()) } else { Err(ServiceError::Forbidden(needed.name())) }
+/// Whose token the request brings, if it is one that is known.
+fn bearer(headers: &HeaderMap, settings: &Settings) -> Option<(Scope, usize)> {
+    let token = text(headers, &AUTHORIZATION).ok()??.strip_prefix("Bearer ")?;
+    settings.tokens.find(token.trim())
 }

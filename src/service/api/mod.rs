@@ -5,6 +5,7 @@
 //! [`document`].
 
 mod completions;
+mod config;
 mod document;
 mod error;
 mod events;
@@ -12,6 +13,7 @@ mod files;
 mod guard;
 mod health;
 mod jobs;
+mod measure;
 mod models;
 mod observe;
 mod page;
@@ -29,6 +31,7 @@ use actix_web::{App, HttpRequest, HttpResponse, HttpServer, Route, web};
 use tokio::sync::watch;
 
 use super::error::ServiceError;
+use super::live::Live;
 use super::samplers::Samplers;
 use super::settings::Settings;
 use super::store::StoreHandle;
@@ -43,6 +46,7 @@ pub(super) struct State {
     pub store: StoreHandle,
     pub supervisor: SupervisorHandle,
     pub samplers: Samplers,
+    pub live: Arc<Live>,
     /// Turns true when the service begins to end.
     pub stopping: watch::Receiver<bool>,
 }
@@ -69,6 +73,7 @@ static ROUTES: &[Entry] = &[
     open("/", || web::get().to(page::live)),
     open("/livez", || web::get().to(health::live)),
     open("/readyz", || web::get().to(health::ready)),
+    entry(Method::GET, "/metrics", Scope::Read, || web::get().to(measure::metrics)),
     entry(Method::GET, "/openapi.json", Scope::Read, || web::get().to(document::document)),
     entry(Method::GET, "/v1/models", Scope::Read, || web::get().to(models::list)),
     entry(Method::GET, "/v1/models/{id}", Scope::Read, || web::get().to(models::retrieve)),
@@ -91,6 +96,8 @@ static ROUTES: &[Entry] = &[
     entry(Method::GET, "/v1/patrickstar/jobs/{id}/stream", Scope::Read, || web::get().to(stream::stream)),
     entry(Method::GET, "/v1/patrickstar/jobs/{id}/chunks", Scope::Read, || web::get().to(observe::chunks)),
     entry(Method::GET, "/v1/patrickstar/actors", Scope::Read, || web::get().to(observe::actors)),
+    entry(Method::GET, "/v1/patrickstar/config", Scope::Read, || web::get().to(config::show)),
+    entry(Method::PUT, "/v1/patrickstar/config", Scope::Admin, || web::put().to(config::change)),
 ];
 
 /// A server that listens already and answers once it is awaited.
@@ -102,7 +109,8 @@ pub(super) fn server(state: State) -> Result<(actix_web::dev::Server, std::net::
         let app = App::new()
             .app_data(state.clone())
             .app_data(web::JsonConfig::default().limit(json).error_handler(error::json))
-            .wrap(from_fn(guard::guard));
+            .wrap(from_fn(guard::guard))
+            .wrap(from_fn(measure::measure));
         resources().into_iter().fold(app, |app, resource| app.service(resource)).default_service(web::to(no_route))
     })
     .workers(2)

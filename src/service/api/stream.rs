@@ -12,6 +12,7 @@ use futures_util::stream::unfold;
 use serde::Serialize;
 use tokio::sync::watch;
 
+use super::measure::OpenStream;
 use super::view::{Event, Job};
 use super::{State, jobs};
 use crate::service::error::ServiceError;
@@ -49,6 +50,7 @@ pub(super) async fn stream(
         job: job.id,
         last,
         ended: false,
+        _open: OpenStream::new(),
     };
     Ok(HttpResponse::Ok()
         .content_type("text/event-stream")
@@ -64,6 +66,8 @@ struct Follower {
     job: JobId,
     last: Seq,
     ended: bool,
+    /// Counted as long as it lasts.
+    _open: OpenStream,
 }
 
 async fn next(mut follower: Follower) -> Option<(Result<Bytes, ServiceError>, Follower)> {

@@ -2,10 +2,12 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
 use super::{Store, StoreError};
+use crate::telemetry::metrics::{Histogram, installed};
 
 /// Shared access to the one database.
 #[derive(Clone)]
@@ -34,7 +36,11 @@ impl StoreHandle {
         &self,
         call: impl FnOnce(&mut Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
+        let began = Instant::now();
         let result = self.run(call).await;
+        if let Some(registry) = installed() {
+            registry.histogram(Histogram::StoreWriteDuration, &[]).record(began.elapsed());
+        }
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
         result
     }

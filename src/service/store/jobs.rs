@@ -357,6 +357,13 @@ impl Store {
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
+    /// How many jobs have each status; those that none has are absent.
+    pub fn count_jobs(&self) -> Result<Vec<(Status, u64)>, StoreError> {
+        let mut statement = self.connection.prepare_cached("SELECT status, count(*) FROM jobs GROUP BY status")?;
+        let rows = statement.query_map([], |row| Ok((row.get(0)?, row.get::<_, i64>(1)? as u64)))?;
+        Ok(rows.collect::<Result<_, _>>()?)
+    }
+
     /// Whether a job that has not ended needs the file.
     pub fn file_in_use(&self, file: &FileId) -> Result<bool, StoreError> {
         let sql =

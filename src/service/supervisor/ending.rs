@@ -13,6 +13,7 @@ use super::{AFTER_ERROR, Supervisor};
 use crate::service::error::ServiceError;
 use crate::service::store::{Failure, FileId, JobId, NewEvent, Purpose, Seq, Status, Store, UnixTime};
 use crate::service::worker::protocol::FromWorker;
+use crate::telemetry::metrics::{Counter, count};
 
 /// Tries to store an ending. It is not lost if all fail: the job is still running in the database and is started again.
 const TRIES: u32 = 30;
@@ -60,7 +61,7 @@ impl Supervisor {
         let (wanted, reason, limits) = (id.clone(), reason.to_owned(), self.settings.limits);
         let settle = move |store: &mut Store| {
             let running = store.job(&wanted)?.filter(|job| job.status == Status::Running);
-            let Some(job) = running else { return Ok(()) };
+            let Some(job) = running else { return Ok(false) };
             let deaths = job.restarts + 1;
             match judge(deaths, &limits) {
                 Verdict::After(wait) => {
@@ -69,15 +70,18 @@ impl Supervisor {
                         wait.as_secs_f64(),
                         limits.restarts
                     ));
-                    store.note_restart(&wanted, deaths, later(wait), &event)
+                    store.note_restart(&wanted, deaths, later(wait), &event).map(|()| true)
                 }
                 Verdict::GiveUp => {
                     let message = format!("{reason}; no new checkpoint in {} restarts", limits.restarts);
-                    store.fail_job(&wanted, &Failure { code: "worker_died".into(), message }).map(|_| ())
+                    store.fail_job(&wanted, &Failure { code: "worker_died".into(), message }).map(|_| false)
                 }
             }
         };
-        Ok(self.store.write(settle).await?)
+        if self.store.write(settle).await? {
+            count(Counter::WorkerRestarts);
+        }
+        Ok(())
     }
 
     async fn finish(&self, id: JobId) -> Result<(), ServiceError> {

@@ -9,8 +9,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::running::RunningJobs;
 use crate::service::error::ServiceError;
-use crate::service::store::JobId;
-use crate::service::worker::protocol::ToWorker;
+use crate::service::store::{JobId, Seq};
+use crate::service::worker::protocol::{Policies, ToWorker};
 use crate::service::worker::questions::{ActorState, Answer, Question};
 
 /// How long a worker may take to answer: its answers wait for nothing but a processor.
@@ -20,6 +20,8 @@ pub(super) enum Command {
     /// The queue has changed.
     Look,
     Order(JobId, ToWorker),
+    /// For jobs that run, and those up to this one that wait.
+    Retune(Policies, Seq),
     Stop(oneshot::Sender<()>),
 }
 
@@ -52,6 +54,11 @@ impl SupervisorHandle {
     /// The job was cancelled in the database.
     pub fn cancel(&self, job: &JobId) {
         self.send(Command::Order(job.clone(), ToWorker::Cancel));
+    }
+
+    /// Gives new policies to all jobs up to `newest`; later ones began with them.
+    pub fn retune(&self, policies: Policies, newest: Seq) {
+        self.send(Command::Retune(policies, newest));
     }
 
     /// Starts nothing any more and returns when every worker has saved a checkpoint and left.

@@ -9,6 +9,7 @@ mod handle;
 mod link;
 mod process;
 mod restart;
+mod retuned;
 mod running;
 mod validate;
 
@@ -23,6 +24,7 @@ use tokio::task::JoinSet;
 pub use self::handle::SupervisorHandle;
 use self::handle::{Command, Counts};
 use self::process::{Ending, Worker};
+use self::retuned::Retuned;
 use self::running::{Running, RunningJobs};
 use super::error::ServiceError;
 use super::settings::Settings;
@@ -42,6 +44,7 @@ pub struct Supervisor {
     commands: mpsc::UnboundedReceiver<Command>,
     workers: JoinSet<Ending>,
     counts: Arc<Counts>,
+    retuned: Retuned,
     running: RunningJobs,
     readers: JoinSet<JobId>,
     reading: HashSet<JobId>,
@@ -58,6 +61,7 @@ impl Supervisor {
             commands,
             workers: JoinSet::new(),
             counts: Arc::default(),
+            retuned: Retuned::default(),
             running: RunningJobs::default(),
             readers: JoinSet::new(),
             reading: HashSet::new(),
@@ -105,6 +109,10 @@ impl Supervisor {
         match command {
             Command::Look => {}
             Command::Order(job, order) => self.running.order(&job, order),
+            Command::Retune(policies, newest) => {
+                self.running.order_all(&ToWorker::Retune(policies.clone()));
+                self.retuned.add(policies, newest);
+            }
             Command::Stop(done) => {
                 self.stopping = Some(done);
                 self.running.order_all(&ToWorker::Pause);
@@ -148,6 +156,9 @@ impl Supervisor {
             Ok(worker) => {
                 tracing::info!(job = %id, pid = worker.pid(), "started a worker");
                 let (orders, receiver) = mpsc::unbounded_channel();
+                if let Some(policies) = self.retuned.since(job.seq) {
+                    worker.link().tell(ToWorker::Retune(policies));
+                }
                 self.running.insert(id.clone(), Running { device: job.device, orders, link: worker.link() });
                 self.workers.spawn(worker.follow(receiver));
                 self.catch_up(&id).await

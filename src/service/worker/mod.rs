@@ -8,6 +8,7 @@ mod observer;
 pub mod protocol;
 pub mod questions;
 mod responder;
+mod retune;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
@@ -24,6 +25,7 @@ use self::responder::Shown;
 use super::child::{self, ChildError};
 use crate::config::Config;
 use crate::error::Error;
+use crate::telemetry::{logging, metrics};
 use crate::train::session::{Session, Start, Summary};
 
 /// How long a worker waits for the one before it, which may be writing a large checkpoint.
@@ -40,6 +42,9 @@ pub fn run() -> Result<(), ChildError> {
         Ok(other) => return Err(ChildError::NoWork(format!("but {other:?}"))),
         Err(error) => return Err(ChildError::NoWork(error.to_string())),
     };
+    if let Err(error) = logging::set_level(&config.service.log_level) {
+        tracing::warn!("the job's log level is not used: {error}");
+    }
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(ChildError::Signals)?;
@@ -67,6 +72,8 @@ fn train(config: Config, stop: &AtomicBool, reporter: &mut Reporter) -> Result<S
     std::fs::create_dir_all(&output).map_err(|error| Error::io(&output, error))?;
     // Held until the process ends.
     let _lock = lock(&output.join("lock"))?;
+    // The directory is named after the job.
+    metrics::install(Some(&output.file_name().unwrap_or(output.as_os_str()).to_string_lossy()))?;
     let session = Session::open(config, &Start::Latest, reporter)?;
     reporter.started(&session);
     session.run(stop, reporter)

@@ -3,15 +3,14 @@
 use std::collections::VecDeque;
 use std::path::Path;
 
-use patrickstar_actors::Retune;
-use patrickstar_actors::types::{Bytes, Step};
+use patrickstar_actors::types::Step;
 
 use super::Lines;
 use super::protocol::{FromWorker, Policies, StepMetrics};
 use super::responder::Shown;
+use super::retune::Tuning;
 use crate::config::Config;
 use crate::error::Error;
-use crate::plan::runtime_policy;
 use crate::train::engine::{Engine, StepReport};
 use crate::train::session::{Observer, Progress, Session};
 
@@ -21,6 +20,7 @@ pub(super) struct Reporter {
     retunes: flume::Receiver<Policies>,
     stored: flume::Receiver<u64>,
     shown: Shown,
+    tuning: Tuning,
     last_stored: u64,
     last_sent: u64,
     total_steps: u64,
@@ -46,6 +46,7 @@ impl Reporter {
             retunes,
             stored,
             shown,
+            tuning: Tuning::new(config),
             last_stored: 0,
             last_sent: 0,
             total_steps: config.train.steps,
@@ -100,12 +101,13 @@ impl Observer for Reporter {
     }
 
     fn before_step(&mut self, engine: &Engine) -> Result<(), Error> {
-        for policies in self.retunes.try_iter() {
-            engine.runtime().retune(Retune {
-                policy: policies.policy.map(runtime_policy),
-                prefetch: policies.prefetch,
-                device: policies.device.map(Bytes),
-            })?;
+        // Budgets are known once the first step has shown what else needs memory.
+        if engine.runtime().trace().is_none() {
+            return Ok(());
+        }
+        let wanted = self.retunes.try_iter().reduce(|first, later| first.then(&later));
+        for told in wanted.map(|wanted| self.tuning.apply(engine, &wanted)).transpose()?.into_iter().flatten() {
+            self.message(&told);
         }
         Ok(())
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::questions::{Answer, Question};
-use crate::config::{Config, Policy};
+use crate::config::{Config, Placement, Policy, Size};
 
 /// From the service.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -35,14 +35,55 @@ pub enum ToWorker {
 }
 
 /// Policies that may change while a job runs; what is absent stays. The bits of the training do not depend on them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Policies {
     /// Which chunk leaves a full tier.
     pub policy: Option<Policy>,
     /// Moments that are fetched ahead.
     pub prefetch: Option<u32>,
+    /// Fraction of the measured non-model memory kept free on top of it.
+    pub headroom: Option<f64>,
     /// Bytes of device memory.
     pub device: Option<u64>,
+    /// Host memory.
+    pub host: Option<Size>,
+    /// Where chunks are stepped.
+    pub placement: Option<Placement>,
+    /// What is logged.
+    pub log_level: Option<String>,
+}
+
+impl Policies {
+    /// What is different in `new`.
+    pub fn between(old: &Config, new: &Config) -> Self {
+        fn changed<T: Clone + PartialEq>(old: &T, new: &T) -> Option<T> {
+            (old != new).then(|| new.clone())
+        }
+        let (old_actors, new_actors) = (&old.actors, &new.actors);
+        Policies {
+            policy: changed(&old_actors.eviction.policy, &new_actors.eviction.policy),
+            prefetch: changed(&old_actors.eviction.prefetch, &new_actors.eviction.prefetch)
+                .map(|moments| u32::try_from(moments).unwrap_or(u32::MAX)),
+            headroom: changed(&old_actors.monitor.headroom, &new_actors.monitor.headroom),
+            device: changed(&old.memory.device, &new.memory.device).map(|device| device.0),
+            host: changed(&old.memory.host, &new.memory.host),
+            placement: changed(&old_actors.optimizer.placement, &new_actors.optimizer.placement),
+            log_level: changed(&old.service.log_level, &new.service.log_level),
+        }
+    }
+
+    /// These, and then the later ones.
+    pub fn then(self, later: &Policies) -> Self {
+        Policies {
+            policy: later.policy.or(self.policy),
+            prefetch: later.prefetch.or(self.prefetch),
+            headroom: later.headroom.or(self.headroom),
+            device: later.device.or(self.device),
+            host: later.host.or(self.host),
+            placement: later.placement.or(self.placement),
+            log_level: later.log_level.clone().or(self.log_level),
+        }
+    }
 }
 
 /// From a worker. The last three end it; answers may come at any time, all else in order.

@@ -12,6 +12,8 @@ pub enum Question {
     Chunks,
     /// How are the actors?
     Actors,
+    /// What do Prometheus' metrics say?
+    Metrics,
 }
 
 /// What a worker says.
@@ -24,6 +26,8 @@ pub enum Answer {
     Chunks(ChunkMap),
     /// The actors.
     Actors(Vec<ActorState>),
+    /// All series of the job, as Prometheus reads them.
+    Metrics(String),
 }
 
 /// All chunks of a job at one instant.

@@ -9,6 +9,7 @@ use patrickstar_actors::view::{Residency, RuntimeView};
 use super::Lines;
 use super::protocol::FromWorker;
 use super::questions::{ActorState, Answer, ChunkMap, ChunkPlace, Question, TierState};
+use crate::telemetry::metrics::render;
 
 /// Questions that wait. The service asks again what it gets no answer to, so more would be asked twice.
 pub(super) const WAITING: usize = 64;
@@ -19,16 +20,20 @@ pub(super) type Shown = Arc<OnceLock<RuntimeView>>;
 /// Answers until the service has gone.
 pub(super) fn respond(questions: &flume::Receiver<(u64, Question)>, shown: &Shown, lines: &Lines) {
     for (id, question) in questions.iter() {
-        let answer = shown.get().and_then(|view| answer(view, question)).unwrap_or(Answer::NotReady);
+        let answer = match question {
+            Question::Metrics => Answer::Metrics(render()),
+            other => shown.get().and_then(|view| look(view, other)).unwrap_or(Answer::NotReady),
+        };
         lines.send(&FromWorker::Answer { id, answer });
     }
 }
 
-fn answer(view: &RuntimeView, question: Question) -> Option<Answer> {
-    Some(match question {
-        Question::Chunks => Answer::Chunks(map(view.residency()?)),
-        Question::Actors => Answer::Actors(view.actors()?.into_iter().map(actor).collect()),
-    })
+fn look(view: &RuntimeView, question: Question) -> Option<Answer> {
+    match question {
+        Question::Chunks => view.residency().map(|seen| Answer::Chunks(map(seen))),
+        Question::Actors => view.actors().map(|actors| Answer::Actors(actors.into_iter().map(actor).collect())),
+        Question::Metrics => None,
+    }
 }
 
 fn map(seen: Residency) -> ChunkMap {

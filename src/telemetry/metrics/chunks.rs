@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::{Direction, Reason, StallCause, Stats};
 
 use super::names::{Counter, Histogram};
 use super::registry::Registry;
-use crate::config::Policy;
 use crate::train::Engine;
 
 /// Counts what is new since the last step.
@@ -29,7 +29,7 @@ pub(super) fn count(registry: &Registry, engine: &Engine, new: &Stats) {
     ] {
         registry.counter(Counter::ChunkPlacements, &[name]).increment(new.reasons[reason as usize]);
     }
-    let policy = policy_name(engine.config().actors.eviction.policy);
+    let policy = policy_name(engine.runtime().policies().policy);
     for (outcome, count) in [("copied", new.reasons[Reason::Evict as usize]), ("dropped", new.dropped)] {
         registry.counter(Counter::ChunkEvictions, &[policy, outcome]).increment(count);
     }

@@ -109,6 +109,12 @@ families! {
             "Times that an actor was restored after a panic.";
         Checkpoints = "patrickstar_checkpoints_total", Count, [],
             "Checkpoints that are safe on disk, written by this process.";
+        AuthFailures = "patrickstar_service_auth_failures_total", Count, [],
+            "Requests without a token that is known, where one is needed.";
+        RateLimited = "patrickstar_service_rate_limited_total", Count, [],
+            "Requests refused because their client sends too many.";
+        WorkerRestarts = "patrickstar_service_worker_restarts_total", Count, [],
+            "Workers that died and whose job is started again.";
         ProcessCpuSeconds = "process_cpu_seconds_total", Seconds, [],
             "Processor time of this process, user and system, in whole seconds.";
     }
@@ -167,6 +173,16 @@ families! {
             "Host memory that this process may still take: what its control groups and the machine leave.";
         CheckpointLastSuccess = "patrickstar_checkpoint_last_success_timestamp_seconds", Timestamp, [],
             "When the newest checkpoint was safe on disk; absent before the first.";
+        ActorMailbox = "patrickstar_actor_mailbox_messages", Count, ["actor"],
+            "Messages that wait for an actor, at the end of the last step.";
+        Jobs = "patrickstar_service_jobs", Count, ["status"],
+            "Jobs by status; those queued wait for their device.";
+        OpenStreams = "patrickstar_service_streams", Count, [],
+            "Clients that follow the events of a job.";
+        ConfigReloaded = "patrickstar_service_config_last_reload_successful", Count, [],
+            "Whether the last change of the configuration was taken over: 1 or 0.";
+        ConfigReloadTime = "patrickstar_service_config_last_reload_success_timestamp_seconds", Timestamp, [],
+            "When the configuration in force was taken over.";
         ProcessResidentBytes = "process_resident_memory_bytes", Bytes, [],
             "Memory of this process in RAM.";
         ProcessOpenFds = "process_open_fds", Count, [],
@@ -193,6 +209,10 @@ families! {
             "Time of a step in which the host's cores ran the optimizer.";
         CheckpointDuration = "patrickstar_checkpoint_duration_seconds", Seconds, [],
             "Time from the beginning of a checkpoint to the step that found it safe on disk; training goes on meanwhile.";
+        HttpDuration = "patrickstar_service_http_request_duration_seconds", Seconds, ["route", "method", "code"],
+            "Time to answer a request, by the pattern of its route; of a stream, until it begins.";
+        StoreWriteDuration = "patrickstar_service_store_write_duration_seconds", Seconds, [],
+            "Time until a change was safe in the database, waiting for its turn included.";
     }
 }
 
@@ -200,6 +220,8 @@ families! {
 const STEP_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0];
 /// Parts of a step are read by their sums: powers of ten show whether they are noise, a part, or most of it.
 const PART_BUCKETS: &[f64] = &[1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0];
+/// Most answers and writes take a millisecond or a few.
+const ANSWER_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0];
 const CHECKPOINT_BUCKETS: &[f64] = &[0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0];
 
 impl Histogram {
@@ -212,6 +234,7 @@ impl Histogram {
             | Histogram::CopyDuration
             | Histogram::AdamHostDuration => PART_BUCKETS,
             Histogram::CheckpointDuration => CHECKPOINT_BUCKETS,
+            Histogram::HttpDuration | Histogram::StoreWriteDuration => ANSWER_BUCKETS,
         }
     }
 }

@@ -124,6 +124,13 @@ pub fn installed() -> Option<&'static Arc<Registry>> {
     PROCESS.get()
 }
 
+/// One more, where this process has a registry.
+pub fn count(metric: Counter) {
+    if let Some(registry) = installed() {
+        registry.counter(metric, &[]).increment(1);
+    }
+}
+
 /// What `/metrics` answers: all series of this process; nothing where no registry was installed.
 pub fn render() -> String {
     installed().map(|registry| registry.render()).unwrap_or_default()

@@ -144,6 +144,7 @@ fn count_step(registry: &Registry, steps: u64, tokens: u64, overflow: bool, non_
 fn count_actor(registry: &Registry, status: &ActorStatus, handled: u64, restarts: u64) {
     registry.counter(Counter::ActorMessages, &[status.actor]).increment(handled);
     registry.counter(Counter::ActorRestarts, &[status.actor]).increment(restarts);
+    registry.gauge(Gauge::ActorMailbox, &[status.actor]).set(status.waiting as f64);
 }
 
 /// The actors before they did anything: what they did before the first step counts with it.

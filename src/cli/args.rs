@@ -156,6 +156,9 @@ pub struct ServeArgs {
     /// Jobs that may wait.
     #[arg(long, value_name = "JOBS", default_value_t = 1000)]
     pub max_waiting: usize,
+    /// Directory of models in Hugging Face layout that jobs may begin with, each in a directory of its own; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub model_root: Vec<PathBuf>,
     /// Texts that are written at a time, each by a process with a model of its own.
     #[arg(long, value_name = "TEXTS", default_value_t = 2)]
     pub max_samplers: usize,

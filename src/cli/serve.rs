@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::args::ServeArgs;
 use super::{CliError, output};
+use crate::service::directories::ModelRoots;
 use crate::service::settings::{Limits, Settings};
 use crate::service::tokens::{TOKEN_VARIABLE, Tokens};
 
@@ -19,6 +20,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
         config: args.config,
         watch_config: args.watch_config,
         allowed_hosts: args.allowed_host,
+        model_roots: ModelRoots::open(&args.model_root).map_err(failed)?,
         sample_device: args.sample_device,
         tokens: Tokens::load(args.token_file.as_deref(), token.as_deref()).map_err(failed)?,
         limits: Limits {

@@ -9,13 +9,16 @@
 //! - [`supervisor`]: which job trains when.
 //! - [`sampler`]: the process that writes texts with a trained model; `samplers` starts, shares and ends them.
 //! - `child`: how both kinds of processes are started.
-//! - `api`: the HTTP interface; `request`, `hyperparameters` and `presets` make a client's wishes into a configuration.
+//! - `api`: the HTTP interface; `request`, `hyperparameters`, `presets` and `directories` make a client's wishes into a
+//!   configuration, and `bounds` refuses those that are beyond reason.
 //! - [`tokens`], [`settings`]: who may do what, and how much of it.
 //! - `live`: the configuration that jobs begin with, and how it changes; `rate`: how much one client may ask.
 //! - `serve`: start and end of it all.
 
 mod api;
+mod bounds;
 mod child;
+pub mod directories;
 pub mod error;
 mod hyperparameters;
 mod live;

@@ -4,6 +4,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use utoipa::ToSchema;
 
+use super::bounds;
+use super::directories::ModelRoots;
 use super::error::ServiceError;
 use super::hyperparameters::{Hyperparameters, HyperparametersShape};
 use super::presets::{preset, presets};
@@ -73,9 +75,10 @@ pub struct PlanRequest {
 
 impl PlanRequest {
     /// The configuration that a job of these settings would have.
-    pub fn config(self, base: &Loaded) -> Result<Config, ServiceError> {
+    pub fn config(self, base: &Loaded, roots: &ModelRoots) -> Result<Config, ServiceError> {
         let wanted = Hyperparameters::read(self.method.as_ref(), self.hyperparameters.as_ref())?;
-        Ok(resolve(base, &self.model, &wanted, self.patrickstar.unwrap_or_default())?.config)
+        let pairs = model_pairs(&self.model, roots)?;
+        Ok(resolve(base, pairs, &wanted, self.patrickstar.unwrap_or_default())?.config)
     }
 }
 
@@ -90,13 +93,13 @@ impl JobRequest {
     }
 
     /// The job, checked in everything but the content of its file.
-    pub fn into_job(self, base: &Loaded) -> Result<NewJob, ServiceError> {
+    pub fn into_job(self, base: &Loaded, roots: &ModelRoots) -> Result<NewJob, ServiceError> {
         self.check()?;
         let wanted = Hyperparameters::read(self.method.as_ref(), self.hyperparameters.as_ref())?;
         let training_file = self.training_file()?;
         let mut overrides = self.patrickstar.unwrap_or_default();
         let priority = take_priority(&mut overrides)?;
-        let mut loaded = resolve(base, &self.model, &wanted, overrides)?;
+        let mut loaded = resolve(base, model_pairs(&self.model, roots)?, &wanted, overrides)?;
         let own_steps = loaded.origins.of("train.steps") != Origin::Default;
         if own_steps && wanted.n_epochs.is_some() {
             let message = "`n_epochs` and `train.steps` both say how long to train: give one of them";
@@ -172,22 +175,30 @@ fn device(config: &Config) -> String {
     if is_cuda(&config.compute) { format!("cuda:{}", config.compute.ordinal) } else { "cpu".to_owned() }
 }
 
-/// The service's configuration, then the preset, then hyperparameters, then the client's own settings; the last one wins.
+/// What the name of a model stands for: a preset, or a directory.
+fn model_pairs(model: &str, roots: &ModelRoots) -> Result<Vec<String>, ServiceError> {
+    if let Some(preset) = preset(model) {
+        return Ok(preset.pairs());
+    }
+    if let Some(directory) = roots.find(model)? {
+        return Ok(directory.pairs());
+    }
+    let known: Vec<String> = presets().into_iter().map(|preset| preset.id).chain(roots.list()).collect();
+    let model: String = model.chars().take(128).collect();
+    Err(ServiceError::Invalid {
+        message: format!("no such model: {model}: use one of {}", known.join(", ")),
+        param: Some("model".into()),
+        code: "model_not_found",
+    })
+}
+
+/// The service's configuration, then the model, then hyperparameters, then the client's own settings; the last one wins.
 fn resolve(
     base: &Loaded,
-    model: &str,
+    mut set: Vec<String>,
     wanted: &Hyperparameters,
     overrides: Map<String, Value>,
 ) -> Result<Loaded, ServiceError> {
-    let Some(preset) = preset(model) else {
-        let known: Vec<String> = presets().into_iter().map(|preset| preset.id).collect();
-        return Err(ServiceError::Invalid {
-            message: format!("no such model: {model}: use one of {}", known.join(", ")),
-            param: Some("model".into()),
-            code: "model_not_found",
-        });
-    };
-    let mut set = preset.pairs();
     set.extend(wanted.batch_size.map(|batch| format!("train.batch={batch}")));
     flatten("", Value::Object(overrides), &mut set)?;
     let mut loaded = Sources { base: Some(base.clone()), set, ..Sources::default() }.load().map_err(refusal)?;
@@ -202,6 +213,7 @@ fn resolve(
     config.checkpoint.keep = if keep { 5 } else { config.checkpoint.keep };
     config.train.log_every = if log { 1 } else { config.train.log_every };
     config.validate().map_err(refusal)?;
+    bounds::check(config)?;
     Ok(loaded)
 }
 
@@ -259,7 +271,7 @@ mod tests {
         for (key, value) in body.as_object().unwrap() {
             whole[key] = value.clone();
         }
-        serde_json::from_value::<JobRequest>(whole).unwrap().into_job(&Loaded::default())
+        serde_json::from_value::<JobRequest>(whole).unwrap().into_job(&Loaded::default(), &ModelRoots::default())
     }
 
     #[test]
@@ -296,6 +308,8 @@ mod tests {
             (json!({ "patrickstar": { "a=b": 1 } }), "not the name of a setting"),
             (json!({ "patrickstar": { "train.steps": null } }), "must be text"),
             (json!({ "patrickstar": { "train.batch": 0 } }), "`train.batch` is 0"),
+            (json!({ "patrickstar": { "model.layers": 1u64 << 40 } }), "`model.layers` is 1099511627776: at most"),
+            (json!({ "model": "gpt-20b", "patrickstar": { "memory.chunk": "4KiB" } }), "chunks: at most"),
             (json!({ "patrickstar": { "train.steps": 5 }, "hyperparameters": { "n_epochs": 2 } }), "give one of them"),
             (json!({ "hyperparameters": { "n_epochs": 0 } }), "`n_epochs` is 0"),
             (json!({ "method": { "type": "dpo" } }), "only `supervised`"),

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::directories::ModelRoots;
 use super::error::ServiceError;
 use super::tokens::Tokens;
 use crate::config::DeviceKind;
@@ -19,6 +20,8 @@ pub struct Settings {
     pub config: Option<PathBuf>,
     /// Whether to read it again when it has changed.
     pub watch_config: bool,
+    /// Directories of models that jobs may begin with.
+    pub model_roots: ModelRoots,
     /// Where texts are computed.
     pub sample_device: DeviceKind,
     /// Names besides IP addresses and localhost by which clients may call.

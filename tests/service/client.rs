@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -19,7 +20,12 @@ pub struct Service {
     /// Sent with every request.
     pub token: Option<String>,
     arguments: Vec<String>,
+    /// What it says after it listens.
+    log: Log,
 }
+
+/// Lines, as they come.
+type Log = Arc<Mutex<String>>;
 
 /// An answer.
 pub struct Answer {
@@ -59,8 +65,9 @@ impl Service {
 
     pub fn start_with(data: &Path, arguments: &[&str], token: Option<&str>) -> Self {
         let arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();
-        let (child, address) = spawn(data, "127.0.0.1:0", &arguments, token);
-        Service { child, address, data: data.to_owned(), token: token.map(str::to_owned), arguments }
+        let log = Log::default();
+        let (child, address) = spawn(data, "127.0.0.1:0", &arguments, token, &log);
+        Service { child, address, data: data.to_owned(), token: token.map(str::to_owned), arguments, log }
     }
 
     /// As `kill -9` would, at once.
@@ -71,8 +78,13 @@ impl Service {
 
     /// At the address that it had: clients that wait for it find it there.
     pub fn restart(&mut self) {
-        let (child, address) = spawn(&self.data, &self.address, &self.arguments, self.token.as_deref());
+        let (child, address) = spawn(&self.data, &self.address, &self.arguments, self.token.as_deref(), &self.log);
         (self.child, self.address) = (child, address);
+    }
+
+    /// What it has said.
+    pub fn log(&self) -> String {
+        self.log.lock().unwrap().clone()
     }
 
     pub fn terminate(&self) {
@@ -238,7 +250,7 @@ impl Drop for Service {
     }
 }
 
-fn spawn(data: &Path, listen: &str, arguments: &[String], token: Option<&str>) -> (Child, String) {
+fn spawn(data: &Path, listen: &str, arguments: &[String], token: Option<&str>, log: &Log) -> (Child, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_patrickstar"));
     command.args(["serve", "--listen", listen, "--data"]).arg(data).args(arguments);
     command.stdout(Stdio::null()).stderr(Stdio::piped());
@@ -256,7 +268,13 @@ fn spawn(data: &Path, listen: &str, arguments: &[String], token: Option<&str>) -
         seen.push(line);
     };
     // What it says later is shown by the test runner, and must be read lest the service waits.
-    std::thread::spawn(move || lines.map_while(Result::ok).for_each(|line| println!("service: {line}")));
+    let log = Arc::clone(log);
+    std::thread::spawn(move || {
+        for line in lines.map_while(Result::ok) {
+            println!("service: {line}");
+            *log.lock().unwrap() += &format!("{line}\n");
+        }
+    });
     (child, address)
 }
 

@@ -5,12 +5,15 @@
 
 mod cli;
 mod client;
+mod clients;
 mod completions;
 mod config;
 mod crash;
+mod hostile;
 mod jobs;
 mod kills;
 mod layers;
+mod models;
 mod observe;
 mod page;
 mod refusals;

@@ -86,7 +86,8 @@ fn check_host(headers: &HeaderMap, settings: &Settings) -> Result<String, Servic
     let host = text(headers, &HOST)?.ok_or_else(|| ServiceError::Origin("the header host is missing".into()))?;
     let name = without_port(host);
     // No name server had a part in an address.
-    let is_address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().is_ok();
+    let bare = name.strip_prefix('[').and_then(|name| name.strip_suffix(']')).unwrap_or(name);
+    let is_address = bare.parse::<IpAddr>().is_ok();
     let allowed = |known: &String| known.eq_ignore_ascii_case(name);
     if is_address || name.eq_ignore_ascii_case("localhost") || settings.allowed_hosts.iter().any(allowed) {
         return Ok(host.to_owned());

@@ -20,7 +20,7 @@ pub(super) async fn create(
         return Err(ServiceError::Stopping);
     }
     let file = body.training_file()?;
-    let job = body.into_inner().into_job(&state.live.loaded())?;
+    let job = body.into_inner().into_job(&state.live.loaded(), &state.settings.model_roots)?;
     let wanted = file.clone();
     let found = state.store.read(move |store| store.file(&wanted)).await?;
     if !found.is_some_and(|file| file.purpose == Purpose::FineTune) {

@@ -28,8 +28,9 @@ pub(super) async fn retrieve(
 
 async fn all(state: &State) -> Result<Vec<Model>, ServiceError> {
     let trained = state.store.read(|store| store.trained_models()).await?;
-    let preset = |id: String| Model::new(id, UnixTime(0), "patrickstar");
-    let mut models: Vec<Model> = presets().into_iter().map(|known| preset(known.id)).collect();
+    let own = |id: String| Model::new(id, UnixTime(0), "patrickstar");
+    let mut models: Vec<Model> = presets().into_iter().map(|preset| own(preset.id)).collect();
+    models.extend(state.settings.model_roots.list().into_iter().map(own));
     models.extend(trained.into_iter().map(|(name, job, finished)| Model::new(name, finished, job.as_str())));
     Ok(models)
 }

@@ -33,7 +33,7 @@ pub(super) async fn plan(
     state: web::Data<State>,
     body: web::Json<PlanRequest>,
 ) -> Result<web::Json<PlanAnswer>, ServiceError> {
-    let config = body.into_inner().config(&state.live.loaded())?;
+    let config = body.into_inner().config(&state.live.loaded(), &state.settings.model_roots)?;
     let planned = web::block(move || predict(config)).await;
     let planned = planned.map_err(|error| ServiceError::Internal(format!("planning ended badly: {error}")))?;
     let answer = planned.map_err(|error| ServiceError::invalid("patrickstar", error.to_string()))?;

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
@@ -29,7 +30,17 @@ pub fn serve(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     let files = settings.files();
     std::fs::create_dir_all(&files).map_err(|error| ServiceError::io(&files, error))?;
     let _lock = lock(&settings.data)?;
+    raise_open_files();
     actix_web::rt::System::new().block_on(run(settings, ready))
+}
+
+/// Connections and workers are many files, and the usual limit is for programs that have few.
+fn raise_open_files() {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
 }
 
 /// Two services on one database would both train every job.

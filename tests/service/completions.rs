@@ -1,6 +1,7 @@
 //! Texts by trained models, as clients ask for them.
 
 use std::io::{BufRead, BufReader};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -147,10 +148,23 @@ fn a_sampler_that_is_lost_or_left_harms_nobody() {
     assert!(last.contains("sampling_failed") && last.contains("signal: 9"), "{last}");
     complete(&service, &short);
 
-    // A client that leaves takes the work with it.
+    // A client that leaves takes the work with it, whether it was sent pieces or not.
     let lines = begin();
     let sampler = service.workers()[0];
     drop(lines);
+    until("the abandoned sampler to end", || (!service.workers().contains(&sampler)).then_some(()));
+    complete(&service, &short);
+    let mut whole = long.clone();
+    whole["stream"] = json!(false);
+    let sampler = service.workers()[0];
+    let headers = [("Content-Type", "application/json")];
+    let connection = until("the sampler to be busy", || {
+        let connection = service.send("POST", "/v1/completions", &headers, whole.to_string().as_bytes()).unwrap();
+        std::thread::sleep(Duration::from_millis(300));
+        // If the short one came first, the long one was refused.
+        (service.post("/v1/completions", &short).status == 429).then_some(connection)
+    });
+    drop(connection);
     until("the abandoned sampler to end", || (!service.workers().contains(&sampler)).then_some(()));
     complete(&service, &short);
 

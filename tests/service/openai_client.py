@@ -85,7 +85,24 @@ try:
     raise AssertionError("an unknown key was accepted")
 except openai.BadRequestError as error:
     assert "did you mean `train.steps`" in error.message, error
+print("pause, resume, cancel, errors")
+
+wish = {"model": done.fine_tuned_model, "prompt": "ping", "max_tokens": 12, "seed": 7}
+whole = client.completions.create(**wish)
+assert whole.usage.completion_tokens == 12 and whole.choices[0].finish_reason == "length", whole
+pieces = [piece.choices[0].text for piece in client.completions.create(stream=True, **wish)]
+assert len(pieces) > 3 and "".join(pieces) == whole.choices[0].text, (pieces, whole)
+asked = {"model": checkpoints[-1].id, "messages": line["messages"][:1], "max_tokens": 12, "seed": 7}
+answer = client.chat.completions.create(**asked)
+assert answer.choices[0].message.role == "assistant"
+pieces = [piece.choices[0].delta.content or "" for piece in client.chat.completions.create(stream=True, **asked)]
+assert "".join(pieces) == answer.choices[0].message.content, (pieces, answer)
+try:
+    client.completions.create(logprobs=3, **wish)
+    raise AssertionError("logprobs were accepted")
+except openai.BadRequestError as error:
+    assert error.param == "logprobs", error
 for one in more:
     until(one, "succeeded")
 assert client.files.delete(file.id).deleted
-print("pause, resume, cancel, errors; openai", openai.__version__)
+print("completions; openai", openai.__version__)

@@ -18,6 +18,7 @@ mod models;
 mod observe;
 mod page;
 mod params;
+mod peer;
 mod plan;
 mod stream;
 mod upload;
@@ -113,6 +114,7 @@ pub(super) fn server(state: State) -> Result<(actix_web::dev::Server, std::net::
             .wrap(from_fn(measure::measure));
         resources().into_iter().fold(app, |app, resource| app.service(resource)).default_service(web::to(no_route))
     })
+    .on_connect(peer::note)
     .workers(2)
     .disable_signals()
     .shutdown_timeout(5)

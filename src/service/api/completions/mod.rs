@@ -4,11 +4,11 @@ mod answer;
 mod request;
 mod stream;
 
-use actix_web::{HttpResponse, web};
+use actix_web::{HttpRequest, HttpResponse, web};
 
 use self::answer::{Answer, Choice, Completion, Continuation, Head, Kind, Message, Usage};
 use self::request::{Asked, ChatRequest, CompletionRequest};
-use super::State;
+use super::{State, peer};
 use crate::service::error::ServiceError;
 use crate::service::presets::preset;
 use crate::service::sampler::protocol::{FromSampler, Reason};
@@ -24,20 +24,25 @@ pub(super) const STEP_MARK: &str = ":ckpt-step-";
         (String = "text/event-stream")))))]
 pub(super) async fn text(
     state: web::Data<State>,
+    request: HttpRequest,
     body: web::Json<CompletionRequest>,
 ) -> Result<HttpResponse, ServiceError> {
-    respond(&state, body.into_inner().check()?, Kind::Text).await
+    respond(&state, &request, body.into_inner().check()?, Kind::Text).await
 }
 
 /// Answers in a conversation.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "completions", request_body = ChatRequest,
     responses((status = 200, content((Completion<Choice<Answer>> = "application/json"),
         (String = "text/event-stream")))))]
-pub(super) async fn chat(state: web::Data<State>, body: web::Json<ChatRequest>) -> Result<HttpResponse, ServiceError> {
-    respond(&state, body.into_inner().check()?, Kind::Chat).await
+pub(super) async fn chat(
+    state: web::Data<State>,
+    request: HttpRequest,
+    body: web::Json<ChatRequest>,
+) -> Result<HttpResponse, ServiceError> {
+    respond(&state, &request, body.into_inner().check()?, Kind::Chat).await
 }
 
-async fn respond(state: &State, asked: Asked, kind: Kind) -> Result<HttpResponse, ServiceError> {
+async fn respond(state: &State, request: &HttpRequest, asked: Asked, kind: Kind) -> Result<HttpResponse, ServiceError> {
     if *state.stopping.borrow() {
         return Err(ServiceError::Stopping);
     }
@@ -48,7 +53,10 @@ async fn respond(state: &State, asked: Asked, kind: Kind) -> Result<HttpResponse
     if asked.stream {
         return Ok(stream::respond(writing, head, kind, asked.include_usage));
     }
-    let (texts, usage) = collect(writing, texts).await?;
+    let (texts, usage) = tokio::select! {
+        whole = collect(writing, texts) => whole?,
+        () = peer::gone(request) => return Err(ServiceError::Sampling("the client has left".into())),
+    };
     let texts = (0..).zip(texts);
     Ok(match kind {
         Kind::Text => {

@@ -7,6 +7,8 @@ use crate::model::gpt2::Gpt2Config;
 
 /// Chunks that a plan may have to follow.
 const MOST_CHUNKS: u128 = 1 << 20;
+/// Parameters of a model.
+const MOST_PARAMETERS: u128 = 1 << 42;
 /// Bytes of the states of a parameter, in any precision.
 const STATE_BYTES: u128 = 20;
 /// Tokens of a step: their activations are counted in 64 bits.
@@ -49,6 +51,10 @@ pub(super) fn check(config: &Config) -> Result<(), ServiceError> {
     let (hidden, layers) = (model.hidden as u128, model.layers as u128);
     let embedded = model.vocab as u128 + model.context as u128;
     let parameters = 12 * hidden * hidden * layers + 2 * embedded * hidden;
+    if parameters > MOST_PARAMETERS {
+        let message = format!("the model has {parameters} parameters: at most {MOST_PARAMETERS} are accepted");
+        return Err(invalid("model", message));
+    }
     let Some(chunk) = config.memory.chunk.bytes() else { return Ok(()) };
     let chunks = parameters * STATE_BYTES / u128::from(chunk.0.max(1));
     if chunks > MOST_CHUNKS {

@@ -309,6 +309,10 @@ mod tests {
             (json!({ "patrickstar": { "train.steps": null } }), "must be text"),
             (json!({ "patrickstar": { "train.batch": 0 } }), "`train.batch` is 0"),
             (json!({ "patrickstar": { "model.layers": 1u64 << 40 } }), "`model.layers` is 1099511627776: at most"),
+            (
+                json!({ "patrickstar": { "model": { "hidden": 65536, "layers": 4096 }, "memory.chunk": "auto" } }),
+                "parameters: at most",
+            ),
             (json!({ "model": "gpt-20b", "patrickstar": { "memory.chunk": "4KiB" } }), "chunks: at most"),
             (json!({ "patrickstar": { "train.steps": 5 }, "hyperparameters": { "n_epochs": 2 } }), "give one of them"),
             (json!({ "hyperparameters": { "n_epochs": 0 } }), "`n_epochs` is 0"),

@@ -11,7 +11,7 @@ use crate::client::Service;
 use crate::routes::{Route, routes};
 
 /// Requests in all.
-const REQUESTS: u64 = 12_000;
+const REQUESTS: u64 = 20_000;
 /// Threads that send them.
 const SENDERS: u64 = 4;
 /// Another seed sends other requests: set `PATRICKSTAR_FUZZ_SEED`.
@@ -73,11 +73,17 @@ impl Dice {
     }
 }
 
+/// Tokens of a text that is really written: there are many.
+const FEW_TOKENS: u64 = 40;
+
 /// What the service has that requests may name.
 struct Target {
     routes: Vec<Route>,
+    /// A job, a file, a trained model, a checkpoint, and nonsense.
     names: Vec<String>,
     file: String,
+    /// Every setting of a job.
+    settings: Vec<String>,
 }
 
 /// A request as it goes over the wire, and what it must not be answered.
@@ -85,13 +91,15 @@ struct Request {
     bytes: Vec<u8>,
     /// It came from a page of another origin, or under another name.
     foreign: bool,
+    /// Nothing else will be said: a service that expects more must not wait for it.
+    over: bool,
     /// What is told when something is wrong with the answer.
     line: String,
 }
 
 fn request(dice: &mut Dice, target: &Target, address: &str) -> Request {
     if dice.one_in(20) {
-        return Request { bytes: dice.bytes(600), foreign: false, line: "noise".into() };
+        return Request { bytes: dice.bytes(600), foreign: false, over: true, line: "noise".into() };
     }
     let route = dice.pick(&target.routes);
     let mut method = route.method.clone();
@@ -108,14 +116,17 @@ fn request(dice: &mut Dice, target: &Target, address: &str) -> Request {
     }
     let line = format!("{method} {path}");
     let (headers, foreign) = headers(dice, address, body.len());
+    // One that wants a text must stay to get it.
+    let honest = headers.contains(&format!("Content-Length: {}\r\n", body.len())) && !headers.contains("chunked");
+    let over = !(honest && path.contains("completions"));
     let mut bytes = format!("{line} HTTP/1.1\r\n{headers}Content-Type: {kind}\r\n\r\n").into_bytes();
     bytes.extend(&body);
     if dice.one_in(40) {
         let at = dice.below(bytes.len());
         bytes[at] = dice.next() as u8;
-        return Request { bytes, foreign: false, line };
+        return Request { bytes, foreign: false, over: true, line };
     }
-    Request { bytes, foreign, line }
+    Request { bytes, foreign, over, line }
 }
 
 fn path(dice: &mut Dice, target: &Target, known: &str) -> String {
@@ -198,6 +209,8 @@ fn body(dice: &mut Dice, target: &Target, path: &str) -> (String, Vec<u8>) {
     for _ in 0..dice.below(4) {
         mutate(dice, &mut value);
     }
+    let tokens = value.get_mut("max_tokens").filter(|tokens| tokens.as_u64().is_some_and(|count| count <= 4096));
+    tokens.into_iter().for_each(|tokens| *tokens = json!(FEW_TOKENS.min(tokens.as_u64().unwrap_or(0))));
     let mut body = value.to_string().into_bytes();
     match dice.below(20) {
         0 => body.truncate(dice.below(body.len() + 1)),
@@ -215,7 +228,11 @@ fn body(dice: &mut Dice, target: &Target, path: &str) -> (String, Vec<u8>) {
 
 /// A body that the route would accept, or nearly.
 fn template(dice: &mut Dice, target: &Target, path: &str) -> Value {
-    let settings = json!({ "train": { "steps": 2, "lr": 0.001 }, "memory.device": "32MB", "priority": 0 });
+    let mut settings = json!({ "train": { "steps": 2, "lr": 0.001 }, "memory.device": "32MB", "priority": 0 });
+    for _ in 0..dice.below(3) {
+        let key: &String = dice.pick(&target.settings);
+        settings[key.as_str()] = extreme(dice);
+    }
     if path.ends_with("completions") {
         let messages = json!([{ "role": "user", "content": "hi" }]);
         return json!({
@@ -238,23 +255,7 @@ fn mutate(dice: &mut Dice, value: &mut Value) {
             let key = dice.pick(&keys);
             match dice.below(6) {
                 0 => drop(object.remove(key)),
-                1 => {
-                    let name = *dice.pick(&[
-                        "train.seq_len",
-                        "model.layers",
-                        "memory.chunk",
-                        "model.hidden",
-                        "memory.device",
-                        "train.batch",
-                        "model.vocab",
-                        "checkpoint.keep",
-                        "data.path",
-                        "model.precision",
-                        "compute.device",
-                    ]);
-                    let extreme = extreme(dice);
-                    object.insert(name.to_owned(), extreme);
-                }
+                1 => drop(object.insert((*dice.pick(&NASTY)).to_owned(), extreme(dice))),
                 _ => object.values_mut().nth(dice.below(keys.len())).into_iter().for_each(|inner| mutate(dice, inner)),
             }
         }
@@ -310,7 +311,9 @@ fn send(address: &str, request: &Request) -> Option<(u16, Vec<u8>)> {
     stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     // A service that refuses early need not read it all.
     let _ = stream.write_all(&request.bytes);
-    let _ = stream.shutdown(Shutdown::Write);
+    if request.over {
+        let _ = stream.shutdown(Shutdown::Write);
+    }
     let mut whole = Vec::new();
     if let Err(error) = stream.read_to_end(&mut whole) {
         let waited = matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut);
@@ -364,9 +367,12 @@ fn ten_thousand_hostile_requests_break_nothing() {
     let service = Service::start_with(&data, &["--max-upload", "20KB", "--max-waiting", "20"], None);
     let file = service.training_file();
     let job = service.job(&file, &json!({ "train.steps": 2 }));
-    service.until_status(&job, "succeeded");
-    let names = [&job, &file].into_iter().cloned().chain(NASTY.map(str::to_owned)).collect();
-    let target = Target { routes: routes(), names, file };
+    let shown = service.until_status(&job, "succeeded");
+    let checkpoint = service.get(&format!("/v1/fine_tuning/jobs/{job}/checkpoints")).ok()["data"][0]["id"].clone();
+    let known = [&job, &file, shown["fine_tuned_model"].as_str().unwrap(), checkpoint.as_str().unwrap()];
+    let names = known.into_iter().map(str::to_owned).chain(NASTY.map(str::to_owned)).collect();
+    let settings = patrickstar::Config::keys().into_iter().map(|info| info.key).collect();
+    let target = Target { routes: routes(), names, file: file.clone(), settings };
     let seed = std::env::var("PATRICKSTAR_FUZZ_SEED").map_or(SEED, |text| text.parse().unwrap());
     println!("seed {seed}");
     let began = Instant::now();

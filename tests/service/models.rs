@@ -103,5 +103,5 @@ fn a_job_begins_with_the_weights_of_a_directory() {
     let plan = service.post("/v1/patrickstar/plan", &json!({ "model": "stubborn" })).ok();
     assert_eq!(plan["fits"], true);
     let own_path = json!({ "model": "gpt-tiny", "patrickstar": { "model.path": root } });
-    assert!(service.post("/v1/patrickstar/plan", &own_path).error(400).contains("the service sets it"));
+    assert!(service.post("/v1/patrickstar/plan", &own_path).error(400).contains("cannot be set by a job"));
 }

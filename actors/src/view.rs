@@ -10,6 +10,7 @@ use crate::runtime::Runtime;
 use crate::shared::{EvictionPolicy, Shared};
 use crate::stats::TierUse;
 use crate::table::Table;
+use crate::timeline::Timeline;
 use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Step, Tier};
 
 /// Looks at a runtime from any thread. It keeps nothing alive: when the runtime has gone there is nothing to see.
@@ -90,6 +91,11 @@ impl RuntimeView {
             chunk_bytes,
             chunks: chunks.collect(),
         })
+    }
+
+    /// What is recorded of its work.
+    pub fn timeline(&self) -> Option<Arc<Timeline>> {
+        Some(Arc::clone(&self.shared.upgrade()?.timeline))
     }
 
     /// The actors.

@@ -168,6 +168,9 @@ pub struct ServeArgs {
     /// Times that a job is restarted without a new checkpoint before it fails.
     #[arg(long, value_name = "TIMES", default_value_t = 5)]
     pub max_restarts: u32,
+    /// Seconds without any progress after which a worker is killed and started again; 0 is never.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
+    pub hang_timeout: u64,
 }
 
 /// Which service, and how it knows us. The variable PATRICKSTAR_TOKEN holds the token otherwise.

@@ -1,6 +1,7 @@
 //! `patrickstar serve`.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use super::args::ServeArgs;
 use super::{CliError, output};
@@ -27,6 +28,7 @@ pub fn run(args: ServeArgs) -> Result<ExitCode, CliError> {
             upload: args.max_upload.0,
             waiting_jobs: args.max_waiting,
             restarts: args.max_restarts,
+            hang: (args.hang_timeout > 0).then(|| Duration::from_secs(args.hang_timeout)),
             samplers: args.max_samplers,
             ..Limits::default()
         },

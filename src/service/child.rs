@@ -39,6 +39,8 @@ pub(super) fn start(command: &str, log: Stdio) -> Result<(Child, UnixStream), Se
         // Ctrl-C in a terminal is for the service, which then tells its workers.
         .process_group(0)
         .env_remove(TOKEN_VARIABLE)
+        // It is not them that systemd watches.
+        .env_remove("NOTIFY_SOCKET")
         .spawn()
         .map_err(|error| ServiceError::io(&program, error))?;
     Ok((child, UnixStream::from_std(ours).map_err(socket_failed)?))

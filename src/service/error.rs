@@ -55,6 +55,9 @@ pub enum ServiceError {
         /// Bytes that are accepted.
         limit: u64,
     },
+    /// A body comes too slowly.
+    #[error("the body came too slowly: send it at 1 KiB a second at least")]
+    Slow,
     /// As many jobs wait as may.
     #[error("{0} jobs wait already: try again when some have ended")]
     QueueFull(usize),

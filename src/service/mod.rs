@@ -13,6 +13,7 @@
 //!   configuration, and `bounds` refuses those that are beyond reason.
 //! - [`tokens`], [`settings`]: who may do what, and how much of it.
 //! - `live`: the configuration that jobs begin with, and how it changes; `rate`: how much one client may ask.
+//! - `notify`: what systemd is told.
 //! - `serve`: start and end of it all.
 
 mod api;
@@ -22,6 +23,7 @@ pub mod directories;
 pub mod error;
 mod hyperparameters;
 mod live;
+mod notify;
 mod presets;
 mod rate;
 mod request;

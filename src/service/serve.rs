@@ -13,6 +13,7 @@ use tokio::sync::watch;
 use super::api::{self, State};
 use super::error::ServiceError;
 use super::live::Live;
+use super::notify;
 use super::samplers::Samplers;
 use super::settings::Settings;
 use super::store::{FileId, StoreHandle};
@@ -86,7 +87,9 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     let control = server.handle();
     let mut serving = actix_web::rt::spawn(server);
     ready(address);
-    let reloading = async { tokio::join!(reload_on(hangup, &live), watch(&live, watched)) };
+    notify::ready();
+    let reloading =
+        async { tokio::join!(reload_on(hangup, &live), watch(&live, watched), notify::keep_alive(handle.clone())) };
     tokio::select! {
         () = signals.next() => {}
         _ = reloading => return Err(ServiceError::Internal("signals are not heard any more".into())),
@@ -96,6 +99,7 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     }
     tracing::info!("stopping: no new jobs, workers save their checkpoints");
     stop.send_replace(true);
+    notify::stopping();
     let leave = async {
         if tokio::time::timeout(PATIENCE, handle.stop()).await.is_err() {
             tracing::warn!("workers did not leave in time: their jobs go on from older checkpoints");

@@ -53,6 +53,8 @@ pub struct Limits {
     pub warm: Duration,
     /// Deaths of a job's worker without a new checkpoint between them.
     pub restarts: u32,
+    /// Time without progress after which a worker is given up; `None` is never.
+    pub hang: Option<Duration>,
     /// Wait before the first restart; it doubles with each.
     pub restart_delay: Duration,
 }
@@ -69,6 +71,7 @@ impl Default for Limits {
             sampling: Duration::from_secs(300),
             warm: Duration::from_secs(30),
             restarts: 5,
+            hang: Some(Duration::from_secs(1800)),
             restart_delay: Duration::from_secs(1),
         }
     }

@@ -232,7 +232,10 @@ impl Session {
         let began = Instant::now();
         let recorded = self.config.telemetry.trace_steps;
         let left = self.config.train.steps - self.engine.current_step().0;
-        self.engine.runtime().timeline().set_enabled(left <= recorded);
+        // An observer may record at other times.
+        if left <= recorded {
+            self.engine.runtime().timeline().set_enabled(true);
+        }
         let tokens = self.batches.next_batch();
         let batch = to_batch(&tokens, self.config.train.micro_batches)?;
         let report = self.engine.step(&batch)?;

@@ -19,4 +19,5 @@ mod page;
 mod refusals;
 mod routes;
 mod shutdown;
+mod supervision;
 mod worker;

@@ -13,7 +13,8 @@ use utoipa::openapi::{ContentBuilder, Ref, RefOr};
 
 use super::error::ErrorAnswer;
 use super::{
-    ROUTES, completions, config, events, files, health, jobs, measure, models, observe, page, plan, stream, upload,
+    ROUTES, completions, config, events, files, health, jobs, measure, models, observe, page, plan, stream, trace,
+    upload,
 };
 
 /// Name of the way in which requests show a token.
@@ -53,6 +54,9 @@ const TOKEN: &str = "token";
         stream::stream,
         observe::chunks,
         observe::actors,
+        trace::start,
+        trace::stop,
+        trace::download,
         config::show,
         config::change,
     ),

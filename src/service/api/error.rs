@@ -7,6 +7,7 @@ use actix_web::{HttpRequest, HttpResponse, ResponseError};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::pace::was_too_slow;
 use crate::service::error::ServiceError;
 use crate::service::store::StoreError;
 
@@ -46,6 +47,7 @@ impl ResponseError for ServiceError {
             ServiceError::NotFound { .. } | ServiceError::NoRoute(_) => StatusCode::NOT_FOUND,
             ServiceError::Method(_) => StatusCode::METHOD_NOT_ALLOWED,
             ServiceError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ServiceError::Slow => StatusCode::REQUEST_TIMEOUT,
             ServiceError::QueueFull(_) | ServiceError::SamplersBusy(_) | ServiceError::TooMany { .. } => {
                 StatusCode::TOO_MANY_REQUESTS
             }
@@ -114,6 +116,7 @@ fn code(error: &ServiceError) -> &str {
         ServiceError::NoRoute(_) => "unknown_url",
         ServiceError::Method(_) => "method_not_allowed",
         ServiceError::TooLarge { .. } => "too_large",
+        ServiceError::Slow => "request_timeout",
         ServiceError::QueueFull(_) => "queue_full",
         ServiceError::TooMany { .. } => "rate_limit_exceeded",
         ServiceError::SamplersBusy(_) => "samplers_busy",
@@ -145,6 +148,7 @@ pub(super) fn json(error: JsonPayloadError, request: &HttpRequest) -> actix_web:
         JsonPayloadError::OverflowKnownLength { limit, .. } | JsonPayloadError::Overflow { limit } => {
             return ServiceError::TooLarge { what: "body", limit: limit as u64 }.into();
         }
+        JsonPayloadError::Payload(error) if was_too_slow(&error) => return ServiceError::Slow.into(),
         JsonPayloadError::ContentType => "send a JSON body with Content-Type: application/json".to_owned(),
         JsonPayloadError::Deserialize(error) => {
             format!("the body of {} is not as it should be: {error}", request.path())

@@ -77,6 +77,11 @@ pub(super) async fn content(state: web::Data<State>, path: web::Path<String>) ->
     let row = find(&state, &path).await?;
     let place = content_path(&state, &row.id);
     let file = tokio::fs::File::open(&place).await.map_err(|error| ServiceError::io(&place, error))?;
+    Ok(sent(file, row.bytes, "application/octet-stream"))
+}
+
+/// A file of so many bytes, piece by piece.
+pub(super) fn sent(file: tokio::fs::File, bytes: u64, kind: &'static str) -> HttpResponse {
     let pieces = unfold(file, |mut file| async move {
         let mut piece = vec![0; PIECE];
         match file.read(&mut piece).await {
@@ -89,11 +94,11 @@ pub(super) async fn content(state: web::Data<State>, path: web::Path<String>) ->
         }
     });
     // Never shown as a page, whatever is in it.
-    Ok(HttpResponse::Ok()
-        .content_type("application/octet-stream")
+    HttpResponse::Ok()
+        .content_type(kind)
         .insert_header(("content-disposition", "attachment"))
         .insert_header(("x-content-type-options", "nosniff"))
-        .body(SizedStream::new(row.bytes, Box::pin(pieces))))
+        .body(SizedStream::new(bytes, Box::pin(pieces)))
 }
 
 pub(super) fn content_path(state: &State, id: &FileId) -> std::path::PathBuf {

@@ -9,9 +9,10 @@ use actix_web::body::{EitherBody, MessageBody};
 use actix_web::dev::{ServiceRequest, ServiceResponse};
 use actix_web::http::header::{AUTHORIZATION, CONTENT_TYPE, HOST, HeaderMap, HeaderName, ORIGIN};
 use actix_web::middleware::Next;
-use actix_web::{Error, HttpResponse, web};
+use actix_web::{Error, HttpMessage, HttpResponse, web};
 
 use super::error::envelope;
+use super::pace::paced;
 use super::{ROUTES, State};
 use crate::service::error::ServiceError;
 use crate::service::rate::Client;
@@ -25,6 +26,9 @@ pub(super) async fn guard<B: MessageBody>(
     next: Next<B>,
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
     check(&request)?;
+    let mut request = request;
+    let payload = request.take_payload();
+    request.set_payload(paced(payload));
     let response = next.call(request).await?;
     let status = response.status();
     let is_json =

@@ -16,15 +16,18 @@ mod jobs;
 mod measure;
 mod models;
 mod observe;
+mod pace;
 mod page;
 mod params;
 mod peer;
 mod plan;
 mod stream;
+mod trace;
 mod upload;
 mod view;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use actix_web::http::Method;
 use actix_web::middleware::from_fn;
@@ -97,6 +100,9 @@ static ROUTES: &[Entry] = &[
     entry(Method::GET, "/v1/patrickstar/jobs/{id}/stream", Scope::Read, || web::get().to(stream::stream)),
     entry(Method::GET, "/v1/patrickstar/jobs/{id}/chunks", Scope::Read, || web::get().to(observe::chunks)),
     entry(Method::GET, "/v1/patrickstar/actors", Scope::Read, || web::get().to(observe::actors)),
+    entry(Method::POST, "/v1/patrickstar/trace/start", Scope::Write, || web::post().to(trace::start)),
+    entry(Method::POST, "/v1/patrickstar/trace/stop", Scope::Write, || web::post().to(trace::stop)),
+    entry(Method::GET, "/v1/patrickstar/trace", Scope::Read, || web::get().to(trace::download)),
     entry(Method::GET, "/v1/patrickstar/config", Scope::Read, || web::get().to(config::show)),
     entry(Method::PUT, "/v1/patrickstar/config", Scope::Admin, || web::put().to(config::change)),
 ];
@@ -116,6 +122,9 @@ pub(super) fn server(state: State) -> Result<(actix_web::dev::Server, std::net::
     })
     .on_connect(peer::note)
     .workers(2)
+    // Whoever is slower with the head of a request gets 408; `pace` sees to the body.
+    .client_request_timeout(Duration::from_secs(5))
+    .max_connections(2048)
     .disable_signals()
     .shutdown_timeout(5)
     .bind(listen)

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::State;
 use super::files::content_path;
+use super::pace::was_too_slow;
 use super::view::File;
 use crate::service::error::ServiceError;
 use crate::service::settings::Limits;
@@ -163,6 +164,11 @@ async fn receive_text(field: &mut Field) -> Result<String, ServiceError> {
 }
 
 fn malformed(error: actix_multipart::MultipartError) -> ServiceError {
+    if let actix_multipart::MultipartError::Payload(error) = &error
+        && was_too_slow(error)
+    {
+        return ServiceError::Slow;
+    }
     let message = format!("the form is malformed ({error}): send multipart/form-data with `purpose` and `file`");
     ServiceError::Invalid { message, param: None, code: "invalid_body" }
 }

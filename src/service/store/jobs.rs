@@ -66,7 +66,8 @@ impl Status {
         use Status::{Cancelled, Failed, Paused, Queued, Running, Succeeded, ValidatingFiles};
         match next {
             ValidatingFiles => false,
-            Queued => matches!(self, ValidatingFiles | Paused),
+            // A running one makes way for another.
+            Queued => matches!(self, ValidatingFiles | Paused | Running),
             Running => self == Queued,
             // A worker that was told to pause may have been in its last step.
             Succeeded => matches!(self, Running | Paused | Queued),

@@ -15,6 +15,8 @@ use crate::service::worker::questions::{ActorState, Answer, Question};
 
 /// How long a worker may take to answer: its answers wait for nothing but a processor.
 const PATIENCE: Duration = Duration::from_secs(2);
+/// To write a recording it needs the disk.
+const PATIENCE_TO_WRITE: Duration = Duration::from_secs(60);
 
 pub(super) enum Command {
     /// The queue has changed.
@@ -25,11 +27,13 @@ pub(super) enum Command {
     Stop(oneshot::Sender<()>),
 }
 
-/// Commands that the supervisor was sent, and has obeyed.
+/// What the supervisor was told to do, and has done.
 #[derive(Default)]
 pub(super) struct Counts {
     sent: AtomicU64,
     pub obeyed: AtomicU64,
+    /// Times that the queue was read.
+    pub rounds: AtomicU64,
 }
 
 /// Talks to the supervisor.
@@ -72,8 +76,10 @@ impl SupervisorHandle {
     /// Asks a job's worker.
     pub async fn ask(&self, job: &JobId, question: Question) -> Result<Answer, ServiceError> {
         let link = self.running.link(job).ok_or_else(|| ServiceError::NotRunning(job.clone()))?;
-        match tokio::time::timeout(PATIENCE, link.ask(question)).await {
+        let patience = if question == Question::StopTrace { PATIENCE_TO_WRITE } else { PATIENCE };
+        match tokio::time::timeout(patience, link.ask(question)).await {
             Ok(Some(Answer::NotReady)) | Err(_) => Err(ServiceError::NoAnswer(job.clone())),
+            Ok(Some(Answer::Failed(reason))) => Err(ServiceError::Internal(reason)),
             Ok(Some(answer)) => Ok(answer),
             Ok(None) => Err(ServiceError::NotRunning(job.clone())),
         }
@@ -86,6 +92,16 @@ impl SupervisorHandle {
             answer.filter(|answer| *answer != Answer::NotReady).map(|answer| (job, answer))
         });
         join_all(asked).await.into_iter().flatten().collect()
+    }
+
+    /// Jobs whose workers run.
+    pub fn running_jobs(&self) -> Vec<JobId> {
+        self.running.links().into_iter().map(|(job, _)| job).collect()
+    }
+
+    /// How often the supervisor has read the queue: it stands still if it hangs, or the database does.
+    pub fn rounds(&self) -> u64 {
+        self.counts.rounds.load(Ordering::Relaxed)
     }
 
     /// The supervisor itself, as one of the actors.

@@ -7,6 +7,7 @@
 mod ending;
 mod handle;
 mod link;
+mod preempt;
 mod process;
 mod restart;
 mod retuned;
@@ -77,9 +78,12 @@ impl Supervisor {
             if self.stopping.is_some() && self.running.is_empty() {
                 break;
             }
-            if let Err(error) = self.look().await {
-                tracing::error!("the queue cannot be read: {error}");
-                tokio::time::sleep(AFTER_ERROR).await;
+            match self.look().await {
+                Ok(()) => drop(self.counts.rounds.fetch_add(1, Ordering::Relaxed)),
+                Err(error) => {
+                    tracing::error!("the queue cannot be read: {error}");
+                    tokio::time::sleep(AFTER_ERROR).await;
+                }
             }
             tokio::select! {
                 command = self.commands.recv() => match command {
@@ -129,6 +133,7 @@ impl Supervisor {
                 self.readers.spawn(read_file(self.settings.clone(), self.store.clone(), job));
             }
         }
+        self.preempt().await?;
         let mut devices = self.running.devices();
         for (job, not_before) in self.store.read(|store| store.runnable_jobs()).await? {
             // A job that has begun keeps its device while it waits for its next worker.
@@ -173,14 +178,14 @@ impl Supervisor {
         let directory = job_directory(&self.settings.data, &job.id);
         config.data.path = self.settings.files().join(format!("{}.jsonl", job.training_file));
         config.train.output = directory.clone();
-        Worker::start(job.id.clone(), config, &directory, self.store.clone()).await
+        Worker::start(job.id.clone(), config, &directory, self.store.clone(), self.settings.limits.hang).await
     }
 
     /// An order that was given while the worker was being started has found nobody.
     async fn catch_up(&self, id: &JobId) -> Result<(), ServiceError> {
         let wanted = id.clone();
         match self.store.read(move |store| store.job(&wanted)).await?.map(|job| job.status) {
-            Some(Status::Paused) => self.running.order(id, ToWorker::Pause),
+            Some(Status::Paused | Status::Queued) => self.running.order(id, ToWorker::Pause),
             Some(Status::Running) | None => {}
             Some(_) => self.running.order(id, ToWorker::Cancel),
         }

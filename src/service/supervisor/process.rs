@@ -43,11 +43,19 @@ pub(super) struct Worker {
     log: PathBuf,
     log_every: u64,
     store: StoreHandle,
+    /// Time without progress after which it is given up.
+    hang: Option<Duration>,
 }
 
 impl Worker {
     /// Starts a worker of this program on the job in `directory`.
-    pub async fn start(job: JobId, config: Config, directory: &Path, store: StoreHandle) -> Result<Self, ServiceError> {
+    pub async fn start(
+        job: JobId,
+        config: Config,
+        directory: &Path,
+        store: StoreHandle,
+        hang: Option<Duration>,
+    ) -> Result<Self, ServiceError> {
         std::fs::create_dir_all(directory).map_err(|error| ServiceError::io(directory, error))?;
         let log = directory.join("worker.log");
         let log_file = std::fs::File::create(&log).map_err(|error| ServiceError::io(&log, error))?;
@@ -55,7 +63,7 @@ impl Worker {
         let (link, reports) = Link::new(socket);
         let log_every = config.train.log_every.max(1);
         link.tell(ToWorker::Start { config: Box::new(config) });
-        Ok(Worker { job, child, link, reports, log, log_every, store })
+        Ok(Worker { job, child, link, reports, log, log_every, store, hang })
     }
 
     /// The process.
@@ -72,19 +80,26 @@ impl Worker {
     pub async fn follow(mut self, mut orders: mpsc::UnboundedReceiver<ToWorker>) -> Ending {
         let (mut word, mut messages) = (None, Vec::new());
         let mut leave_by: Option<Instant> = None;
+        let (mut heard, mut hung) = (Instant::now(), None);
         loop {
             let deadline = async { tokio::time::sleep_until(leave_by.unwrap_or_else(Instant::now)).await };
+            let given_up = async { tokio::time::sleep_until(heard + self.hang.unwrap_or_default()).await };
             tokio::select! {
                 count = self.reports.recv_many(&mut messages, TOGETHER) => {
                     if count == 0 {
                         break;
                     }
+                    // Signs of life say nothing else.
+                    messages.retain(|message| *message != FromWorker::Alive);
                     if messages.last().is_some_and(FromWorker::is_last) {
                         word = messages.last().cloned();
                         leave_by = Some(Instant::now() + LEAVE);
                     }
-                    self.take(&messages).await;
-                    messages.clear();
+                    if !messages.is_empty() {
+                        self.take(&messages).await;
+                        messages.clear();
+                    }
+                    heard = Instant::now();
                 }
                 Some(order) = orders.recv() => {
                     if matches!(order, ToWorker::Cancel) {
@@ -96,6 +111,10 @@ impl Worker {
                     self.kill();
                     leave_by = None;
                 }
+                () = given_up, if self.hang.is_some() && hung.is_none() => {
+                    self.kill();
+                    hung = self.hang;
+                }
             }
         }
         let status = match tokio::time::timeout(LEAVE, self.child.wait()).await {
@@ -105,7 +124,10 @@ impl Worker {
                 self.child.wait().await
             }
         };
-        let death = death(status, &self.log);
+        let death = match hung {
+            Some(time) => format!("the worker made no progress for {} s and was killed", time.as_secs_f64()),
+            None => death(status, &self.log),
+        };
         Ending { job: self.job, word, death }
     }
 
@@ -159,8 +181,8 @@ fn report(messages: &[FromWorker], log_every: u64) -> Report {
             }
             // What these mean for the job is decided by the supervisor.
             FromWorker::Finished { .. } | FromWorker::Failed { .. } => {}
-            // Went to whoever asked.
-            FromWorker::Answer { .. } => {}
+            // Went to whoever asked, or to nobody.
+            FromWorker::Answer { .. } | FromWorker::Alive => {}
         }
     }
     report

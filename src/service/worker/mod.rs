@@ -21,13 +21,15 @@ use std::time::{Duration, Instant};
 use self::observer::Reporter;
 use self::protocol::{FromWorker, Policies, ToWorker};
 use self::questions::Question;
-use self::responder::Shown;
+use self::responder::{Responder, Shown};
 use super::child::{self, ChildError};
 use crate::config::Config;
 use crate::error::Error;
 use crate::telemetry::{logging, metrics};
 use crate::train::session::{Session, Start, Summary};
 
+/// A recording that was made while training, in the job's directory.
+pub const TRACE_FILE: &str = "live-trace.json";
 /// How long a worker waits for the one before it, which may be writing a large checkpoint.
 const LOCK_PATIENCE: Duration = Duration::from_secs(120);
 
@@ -55,8 +57,8 @@ pub fn run() -> Result<(), ChildError> {
     let orders = Orders { stop: Arc::clone(&stop), retune, store, ask };
     std::thread::spawn(move || listen(lines, &orders));
     let (lines, shown) = (Lines::new(socket), Shown::default());
-    let answering = (lines.clone(), Arc::clone(&shown));
-    std::thread::spawn(move || responder::respond(&asked, &answering.1, &answering.0));
+    let responder = Responder::new(Arc::clone(&shown), lines.clone(), config.train.output.join(TRACE_FILE));
+    std::thread::spawn(move || responder.respond(&asked));
     let mut reporter = Reporter::new(lines, &config, retunes, stored, shown);
     let last = match train(config, &stop, &mut reporter) {
         Ok(summary) if summary.interrupted => FromWorker::Paused { step: summary.steps },

@@ -110,6 +110,8 @@ pub enum FromWorker {
         /// Loss of the step.
         train_loss: Option<f64>,
     },
+    /// Chunks were used or moved since the last time.
+    Alive,
     /// Something worth a line.
     Log {
         /// The line.

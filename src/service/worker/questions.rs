@@ -14,6 +14,10 @@ pub enum Question {
     Actors,
     /// What do Prometheus' metrics say?
     Metrics,
+    /// Record what happens from now on.
+    StartTrace,
+    /// Write what was recorded to [`super::TRACE_FILE`].
+    StopTrace,
 }
 
 /// What a worker says.
@@ -28,6 +32,13 @@ pub enum Answer {
     Actors(Vec<ActorState>),
     /// All series of the job, as Prometheus reads them.
     Metrics(String),
+    /// A recording began, or was written.
+    Traced {
+        /// Pieces of work in it.
+        spans: u64,
+    },
+    /// It did not work.
+    Failed(String),
 }
 
 /// All chunks of a job at one instant.

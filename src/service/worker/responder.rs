@@ -1,8 +1,11 @@
 //! Answers the service from a thread of its own, so that no question waits for the step that runs.
 
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 use patrickstar_actors::health::ActorStatus;
+use patrickstar_actors::timeline::Timeline;
 use patrickstar_actors::types::{Bytes, Tier};
 use patrickstar_actors::view::{Residency, RuntimeView};
 
@@ -10,6 +13,7 @@ use super::Lines;
 use super::protocol::FromWorker;
 use super::questions::{ActorState, Answer, ChunkMap, ChunkPlace, Question, TierState};
 use crate::telemetry::metrics::render;
+use crate::telemetry::trace::write_chrome_trace;
 
 /// Questions that wait. The service asks again what it gets no answer to, so more would be asked twice.
 pub(super) const WAITING: usize = 64;
@@ -17,22 +21,71 @@ pub(super) const WAITING: usize = 64;
 /// What can be looked at, once the model is set up.
 pub(super) type Shown = Arc<OnceLock<RuntimeView>>;
 
-/// Answers until the service has gone.
-pub(super) fn respond(questions: &flume::Receiver<(u64, Question)>, shown: &Shown, lines: &Lines) {
-    for (id, question) in questions.iter() {
+/// Time between two signs of life.
+const BEAT: Duration = Duration::from_secs(1);
+
+/// Answers, and says that the training gets on.
+pub(super) struct Responder {
+    shown: Shown,
+    lines: Lines,
+    /// Where recordings go.
+    trace: PathBuf,
+}
+
+impl Responder {
+    pub fn new(shown: Shown, lines: Lines, trace: PathBuf) -> Self {
+        Responder { shown, lines, trace }
+    }
+
+    /// Answers until the service has gone. Between questions it tells the service of progress within a step, which may take
+    /// minutes: a training that hangs is told from one that is slow by that.
+    pub fn respond(&self, questions: &flume::Receiver<(u64, Question)>) {
+        let (mut progress, mut beat) = (None, Instant::now());
+        loop {
+            match questions.recv_timeout(BEAT.saturating_sub(beat.elapsed())) {
+                Ok((id, question)) => self.answer(id, question),
+                Err(flume::RecvTimeoutError::Timeout) => {}
+                Err(flume::RecvTimeoutError::Disconnected) => return,
+            }
+            if beat.elapsed() >= BEAT {
+                beat = Instant::now();
+                let now = self.shown.get().and_then(RuntimeView::progress);
+                if std::mem::replace(&mut progress, now) != now {
+                    self.lines.send(&FromWorker::Alive);
+                }
+            }
+        }
+    }
+
+    fn answer(&self, id: u64, question: Question) {
+        let view = self.shown.get();
         let answer = match question {
-            Question::Metrics => Answer::Metrics(render()),
-            other => shown.get().and_then(|view| look(view, other)).unwrap_or(Answer::NotReady),
+            Question::Metrics => Some(Answer::Metrics(render())),
+            Question::Chunks => view.and_then(RuntimeView::residency).map(|seen| Answer::Chunks(map(seen))),
+            Question::Actors => {
+                view.and_then(RuntimeView::actors).map(|actors| Answer::Actors(actors.into_iter().map(actor).collect()))
+            }
+            Question::StartTrace => view.and_then(RuntimeView::timeline).map(|timeline| {
+                timeline.set_enabled(true);
+                Answer::Traced { spans: 0 }
+            }),
+            Question::StopTrace => view.and_then(RuntimeView::timeline).map(|timeline| {
+                timeline.set_enabled(false);
+                written(&timeline, &self.trace)
+            }),
         };
-        lines.send(&FromWorker::Answer { id, answer });
+        self.lines.send(&FromWorker::Answer { id, answer: answer.unwrap_or(Answer::NotReady) });
     }
 }
 
-fn look(view: &RuntimeView, question: Question) -> Option<Answer> {
-    match question {
-        Question::Chunks => view.residency().map(|seen| Answer::Chunks(map(seen))),
-        Question::Actors => view.actors().map(|actors| Answer::Actors(actors.into_iter().map(actor).collect())),
-        Question::Metrics => None,
+fn written(timeline: &Timeline, path: &Path) -> Answer {
+    let (spans, snapshots) = match timeline.take() {
+        Ok(taken) => taken,
+        Err(error) => return Answer::Failed(error.to_string()),
+    };
+    match write_chrome_trace(path, &spans, &snapshots) {
+        Ok(()) => Answer::Traced { spans: spans.len() as u64 },
+        Err(error) => Answer::Failed(format!("{}: {error}: free space, and record again", path.display())),
     }
 }
 

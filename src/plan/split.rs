@@ -20,7 +20,7 @@ const STEPPED_BY_CORE: f64 = 3.5e8;
 /// that rate.
 const TIMED: usize = 16 << 20;
 const REPEATS: usize = 3;
-const BESIDE_COPIES: f64 = 0.9;
+const BESIDE_COPIES: f64 = 0.77;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 

@@ -6,6 +6,7 @@ pub mod engine;
 pub mod loss_scale;
 pub mod lr;
 pub mod model;
+mod observer;
 mod passes;
 pub mod program;
 pub mod sample;

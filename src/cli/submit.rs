@@ -68,10 +68,8 @@ fn body(args: &SubmitArgs, loaded: &Loaded) -> Result<Value, CliError> {
     Ok(body)
 }
 
-/// A directory that the service may know too, or the preset of the shape.
+/// The directory's name, by which a service may know it too, or the preset of the shape.
 fn model(config: &Config) -> String {
-    match &config.model.path {
-        Some(path) => path.display().to_string(),
-        None => preset_of_shape(&config.model.preset),
-    }
+    let directory = config.model.path.as_ref().and_then(|path| path.file_name());
+    directory.map_or_else(|| preset_of_shape(&config.model.preset), |name| name.to_string_lossy().into_owned())
 }

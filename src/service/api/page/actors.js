@@ -17,11 +17,18 @@ const policies = $("policies");
 /** What the fields had when they were filled: only what somebody changed is sent. */
 let filled = new Map();
 
+/** A size as one would write it, to the byte. */
+function exact(value) {
+  const units = [["GiB", 2 ** 30], ["GB", 1e9], ["MiB", 2 ** 20], ["MB", 1e6], ["KiB", 1024]];
+  const [unit, size] = units.find(([, size]) => value && value % size === 0) ?? ["", 1];
+  return `${value / size}${unit}`;
+}
+
 async function fillPolicies() {
   const { config } = await ask("/v1/patrickstar/config");
   for (const field of policies.querySelectorAll("[name]")) {
     const value = field.name.split(".").reduce((table, key) => table?.[key], config);
-    field.value = value ?? "";
+    field.value = typeof value === "number" && field.type !== "number" ? exact(value) : value ?? "";
     filled.set(field.name, field.value);
   }
   policies.hidden = false;

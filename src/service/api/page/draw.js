@@ -291,7 +291,7 @@ class ChunkMap {
     const room = canvas.clientWidth - gutter;
     const height = (size) => [...bands.values()].reduce(
       (sum, chunks) => sum + Math.ceil(chunks.length / Math.floor(room / size)) * size + 6, 0);
-    let size = 24;
+    let size = 28;
     while (size > 4 && height(size) > 340) size -= 1;
     this.columns = Math.floor(room / size);
     const place = surface(canvas, height(size));

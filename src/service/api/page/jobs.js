@@ -24,7 +24,7 @@ const shown = { job: null, stop: null, last: null, messages: [], steps: [], stal
 
 function showLink(here) {
   const link = $("link");
-  const text = here ? "connected" : "no answer, trying again";
+  const text = here ? "live" : "no answer";
   // A status that does not change is not read out again.
   if (link.textContent !== text) {
     link.textContent = text;
@@ -88,6 +88,7 @@ function choose(id) {
     $("tiers").replaceChildren();
     $("actors").replaceChildren();
     $("memory-when").textContent = "";
+    showActors().catch(() => {});
     watchJob(id, signal);
     watchChunks(id, signal);
   }).catch((error) => showError(error.message));

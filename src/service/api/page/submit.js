@@ -27,15 +27,24 @@ function failSubmit(message) {
   $("submit-error").hidden = false;
 }
 
-/** `key = value` lines; values as the configuration reads them. */
+/** A number, true or false, text in quotes, or else the text as it stands. */
+function read(value) {
+  try {
+    return JSON.parse(value);
+  } catch {
+    return value;
+  }
+}
+
+/** `key = value` lines, as in a configuration file. */
 function settings() {
   const own = {};
   for (const line of form.settings.value.split("\n")) {
     const text = line.replace(/#.*/, "").trim();
     if (!text) continue;
-    const [, key, value] = /^([A-Za-z0-9_.]+)\s*=\s*"?(.*?)"?$/.exec(text) ?? [];
+    const [, key, value] = /^([A-Za-z0-9_.]+)\s*=\s*(.+)$/.exec(text) ?? [];
     if (!key) throw new Error(`“${text}” is not key = value.`);
-    own[key] = value;
+    own[key] = read(value);
   }
   if (form.device.value.trim()) own["memory.device"] = form.device.value.trim();
   if (form.steps.value) own["train.steps"] = Number(form.steps.value);

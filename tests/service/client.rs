@@ -12,6 +12,9 @@ use serde_json::{Value, json};
 /// Longest wait for anything: tests share two cores.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Names another program than the one that was built for the test: one that was built for speed, say.
+const PROGRAM_VARIABLE: &str = "PATRICKSTAR_PROGRAM";
+
 /// A running service; killed when the test ends, however it ends.
 pub struct Service {
     child: Child,
@@ -87,12 +90,16 @@ impl Service {
         self.log.lock().unwrap().clone()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn terminate(&self) {
         self.signal("TERM");
     }
 
     pub fn signal(&self, name: &str) {
-        let pid = self.child.id().to_string();
+        let pid = self.pid().to_string();
         assert!(Command::new("kill").args(["-s", name, &pid]).status().unwrap().success());
     }
 
@@ -233,7 +240,7 @@ impl Service {
 
     /// Processes that this service has started.
     pub fn workers(&self) -> Vec<u32> {
-        let parent = format!("PPid:\t{}", self.child.id());
+        let parent = format!("PPid:\t{}", self.pid());
         let is_child = |pid: &u32| {
             let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
             status.lines().any(|line| line == parent) && !status.contains("State:\tZ")
@@ -251,7 +258,8 @@ impl Drop for Service {
 }
 
 fn spawn(data: &Path, listen: &str, arguments: &[String], token: Option<&str>, log: &Log) -> (Child, String) {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_patrickstar"));
+    let program = std::env::var_os(PROGRAM_VARIABLE).unwrap_or_else(|| env!("CARGO_BIN_EXE_patrickstar").into());
+    let mut command = Command::new(program);
     command.args(["serve", "--listen", listen, "--data"]).arg(data).args(arguments);
     command.stdout(Stdio::null()).stderr(Stdio::piped());
     if let Some(token) = token {

@@ -144,9 +144,9 @@ impl Service {
         for (name, value) in headers {
             head += &format!("{name}: {value}\r\n");
         }
-        stream.write_all(head.as_bytes())?;
-        stream.write_all(b"\r\n")?;
-        let _ = stream.write_all(body);
+        // In one piece: a second small one would wait until the first is acknowledged. What a service that refuses early has
+        // not read is no error here.
+        let _ = stream.write_all(&[head.as_bytes(), b"\r\n", body].concat());
         Ok(stream)
     }
 

@@ -1,6 +1,6 @@
 //! The memory monitor: measures what is not chunks, and publishes what chunks may use.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::RuntimeError;
 use crate::health::ActorName;
@@ -67,11 +67,17 @@ pub(crate) struct Monitor {
     shared: Arc<Shared>,
     non_model: Arc<NonModel>,
     probe: Arc<dyn MemoryProbe>,
-    device: Bytes,
+    given: Arc<Mutex<Given>>,
     /// What the budgets in force were computed from.
     published: Vec<u64>,
+}
+
+/// What the monitor was given to share out: a successor goes on with what its predecessor was told last.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given {
+    pub device: Bytes,
     /// Fraction of the measured non-model memory kept free on top of it.
-    headroom: f64,
+    pub headroom: f64,
 }
 
 impl Monitor {
@@ -79,10 +85,13 @@ impl Monitor {
         shared: Arc<Shared>,
         non_model: Arc<NonModel>,
         probe: Arc<dyn MemoryProbe>,
-        device: Bytes,
-        headroom: f64,
+        given: Arc<Mutex<Given>>,
     ) -> Self {
-        Monitor { shared, non_model, probe, device, published: Vec::new(), headroom }
+        Monitor { shared, non_model, probe, given, published: Vec::new() }
+    }
+
+    fn given(&self) -> MutexGuard<'_, Given> {
+        self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Shows what memory is in use, and publishes new budgets when a moment needed more than any step before it.
@@ -106,13 +115,13 @@ impl Monitor {
     pub fn publish(&mut self) -> Result<(), RuntimeError> {
         self.shared.health.fault_point(ActorName::Monitor);
         let Some(plan) = self.shared.plan() else { return Ok(()) };
-        let peaks = self.non_model.snapshot();
+        let (peaks, given) = (self.non_model.snapshot(), *self.given());
         let capacity = self.shared.lock().slots[Tier::Device.index()].capacity();
         let slot = self.shared.chunk_bytes().0;
         let budgets: Vec<u32> = (0..plan.trace.moments())
             .map(|moment| {
-                let non_model = peaks.get(moment).copied().unwrap_or(0) as f64 * (1.0 + self.headroom);
-                let left = self.device.0.saturating_sub(non_model.ceil() as u64);
+                let non_model = peaks.get(moment).copied().unwrap_or(0) as f64 * (1.0 + given.headroom);
+                let left = given.device.0.saturating_sub(non_model.ceil() as u64);
                 capacity.min((left / slot).min(u64::from(u32::MAX)) as u32)
             })
             .collect();
@@ -124,13 +133,13 @@ impl Monitor {
 
     /// More or less of the device is kept free.
     pub fn set_headroom(&mut self, headroom: f64) -> Result<(), RuntimeError> {
-        self.headroom = headroom;
+        self.given().headroom = headroom;
         self.publish()
     }
 
     /// The device's memory changed hands: a neighbour took some, or gave it back.
     pub fn set_device(&mut self, device: Bytes) -> Result<(), RuntimeError> {
-        self.device = device;
+        self.given().device = device;
         let slots = (device.0 / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
         {
             let mut table = self.shared.lock();

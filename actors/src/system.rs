@@ -12,7 +12,7 @@ use crate::error::RuntimeError;
 use crate::eviction::{Eviction, Streams};
 use crate::health::ActorName;
 use crate::memory::Backend;
-use crate::monitor::{MemoryProbe, Monitor, NonModel};
+use crate::monitor::{Given, MemoryProbe, Monitor, NonModel};
 use crate::optimizer::Optimizer;
 use crate::placement::Side;
 use crate::reduction::{GradientReady, Reduction};
@@ -272,8 +272,8 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     let watch = {
         let (shared, non_model) = (Arc::clone(shared), Arc::clone(&parts.non_model));
         let probe = Arc::clone(&parts.probe);
-        let (device, headroom) = (parts.device, parts.headroom);
-        move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), Arc::clone(&probe), device, headroom)
+        let given = Arc::new(Mutex::new(Given { device: parts.device, headroom: parts.headroom }));
+        move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), Arc::clone(&probe), Arc::clone(&given))
     };
     adopt(&supervisor, arbiters, shared, ActorName::Monitor, monitor_rx, watch).await?;
     Ok(Inboxes { reduction, monitor })

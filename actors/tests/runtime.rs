@@ -412,6 +412,33 @@ fn retuning_while_training_does_not_change_the_bits() {
     assert!(model.states().expect("states") == reference);
 }
 
+/// A successor of the monitor knows what its predecessor was told.
+#[test]
+fn a_budget_outlives_the_monitor_that_was_told_of_it() {
+    let case = Case { device_slots: 20, ..Case::resident(Precision::Fp32, 0.0) };
+    let mut model = Model::new(&case).expect("start");
+    model.step(1).expect("step");
+    let few = Bytes(10 * CHUNK);
+    model.runtime.retune(Retune { device: Some(few), ..Retune::default() }).expect("retune");
+    model.step(2).expect("step");
+    model.runtime.plant_panic(ActorName::Monitor);
+    // Makes it publish, and die over that.
+    model.runtime.retune(Retune { headroom: Some(0.1), ..Retune::default() }).expect("retune");
+    let restarts = |model: &Model| {
+        let actors = model.runtime.actors();
+        actors.iter().find(|status| status.actor == "monitor").map_or(0, |monitor| monitor.restarts)
+    };
+    let began = std::time::Instant::now();
+    while restarts(&model) == 0 {
+        assert!(began.elapsed().as_secs() < 60, "the monitor is not restored");
+        std::thread::yield_now();
+    }
+    for step in 3..6 {
+        model.step(step).expect("step");
+    }
+    assert!(model.runtime.tier_use(Tier::Device).budget <= few);
+}
+
 /// A neighbour takes most of the device and gives it back: residents leave, others pass through, and all come home.
 #[test]
 fn groups_that_change_sides_keep_their_bits() {

@@ -1,6 +1,5 @@
 //! Tells systemd how the service is. Where nobody asked to be told, nothing happens.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -23,7 +22,6 @@ pub(super) fn stopping() {
 pub(super) async fn keep_alive(supervisor: SupervisorHandle) {
     let Some(patience) = sd_notify::watchdog_enabled() else { return std::future::pending().await };
     let interval = (patience / 3).max(Duration::from_millis(1));
-    let supervisor = Arc::new(supervisor);
     let mut seen = 0;
     loop {
         tokio::time::sleep(interval).await;

@@ -31,7 +31,7 @@ fn retuning_a_running_job_changes_no_bit() {
     let data = tempfile::tempdir().unwrap();
     let service = Service::start(data.path());
     let file = service.training_file();
-    let mut settings = narrow(400);
+    let mut settings = narrow(600);
     settings["memory.device"] = json!("3200KiB");
     let whole = service.job(&file, &settings);
     service.until_status(&whole, "succeeded");
@@ -39,14 +39,12 @@ fn retuning_a_running_job_changes_no_bit() {
     let job = service.job(&file, &settings);
     let waiting = service.job(&file, &json!({ "train.steps": 3 }));
     service.until_step(&job, 5);
-    let changed = set(&service, "actors.eviction.policy", json!("lru"));
-    assert_eq!((changed["applied"][0].as_str(), changed["needs_restart"].as_array().map(Vec::len)), {
-        (Some("actors.eviction.policy"), Some(0))
-    });
-    until_told(&service, &job, "actors.eviction.policy is lru");
-    set(&service, "actors.eviction.prefetch", json!(0));
-    set(&service, "actors.optimizer.placement", json!("host"));
-    set(&service, "memory.device", json!("2900KiB"));
+    let changes = json!({ "set": {
+        "actors.eviction": { "policy": "lru", "prefetch": 0 }, "memory.device": "2900KiB",
+    } });
+    let changed = put(&service, &changes).ok();
+    assert_eq!(changed["applied"].as_array().map(Vec::len), Some(3), "{changed}");
+    assert_eq!(changed["needs_restart"], json!([]));
     until_told(&service, &job, "memory.device is");
     // Too little for any step: the job says so and goes on as it is.
     set(&service, "memory.device", json!("300KiB"));

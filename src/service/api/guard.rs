@@ -22,11 +22,10 @@ use crate::telemetry::metrics::{Counter, count};
 
 /// Refuses, or lets the request through and gives errors the shape that clients read.
 pub(super) async fn guard<B: MessageBody>(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<B>,
 ) -> Result<ServiceResponse<EitherBody<B>>, Error> {
     check(&request)?;
-    let mut request = request;
     let payload = request.take_payload();
     request.set_payload(paced(payload));
     let response = next.call(request).await?;

@@ -133,9 +133,12 @@ impl Supervisor {
                 self.readers.spawn(read_file(self.settings.clone(), self.store.clone(), job));
             }
         }
-        self.preempt().await?;
+        let mut jobs = self.store.read(|store| store.runnable_jobs()).await?;
+        if self.preempt(&jobs).await? {
+            jobs = self.store.read(|store| store.runnable_jobs()).await?;
+        }
         let mut devices = self.running.devices();
-        for (job, not_before) in self.store.read(|store| store.runnable_jobs()).await? {
+        for (job, not_before) in jobs {
             // A job that has begun keeps its device while it waits for its next worker.
             let free = !self.running.contains(&job.id) && devices.insert(job.device.clone());
             if free && not_before <= UnixTime::now() {

@@ -69,12 +69,19 @@ impl Responder {
                 timeline.set_enabled(true);
                 Answer::Traced { spans: 0 }
             }),
-            Question::StopTrace => view.and_then(RuntimeView::timeline).map(|timeline| {
-                timeline.set_enabled(false);
-                written(&timeline, &self.trace)
-            }),
+            Question::StopTrace => match view.and_then(RuntimeView::timeline) {
+                Some(timeline) => return self.stop_trace(id, timeline),
+                None => None,
+            },
         };
         self.lines.send(&FromWorker::Answer { id, answer: answer.unwrap_or(Answer::NotReady) });
+    }
+
+    /// Other questions are answered while the recording is written.
+    fn stop_trace(&self, id: u64, timeline: Arc<Timeline>) {
+        timeline.set_enabled(false);
+        let (lines, path) = (self.lines.clone(), self.trace.clone());
+        std::thread::spawn(move || lines.send(&FromWorker::Answer { id, answer: written(&timeline, &path) }));
     }
 }
 

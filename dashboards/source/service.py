@@ -3,7 +3,7 @@
 from build import graph, row, stat, table
 
 TITLE = "Service and actors"
-VERSION = 2
+VERSION = 3
 DESCRIPTION = "Processes, what they take of the machine, scrapes, and the actors of each job."
 RATE = "[$__rate_interval]"
 
@@ -19,6 +19,9 @@ PANELS = [
     row("Service"),
     graph("Jobs", "Jobs by status. Those queued wait for their device.", "none",
           ("patrickstar_service_jobs{PROCESS}", "{{status}}"), min=0),
+    graph("Time in the queue", "From a job's creation to its first worker, mean since the service began.", "s",
+          ("patrickstar_service_job_queue_wait_seconds_sum{PROCESS} / patrickstar_service_job_queue_wait_seconds_count{PROCESS}",
+           "mean"), min=0),
     graph("Requests", "Answers by status code.", "reqps",
           ("sum by (code) (rate(patrickstar_service_http_request_duration_seconds_count{PROCESS}%s))" % RATE, "{{code}}"), min=0),
     graph("Time to answer", "99 of 100 requests of a route are answered in this time; of a stream, its beginning.", "s",

@@ -32,6 +32,7 @@ use super::settings::Settings;
 use super::store::{Failure, JobId, JobRow, NewEvent, Status, StoreError, StoreHandle, UnixTime, job_directory};
 use super::worker::protocol::ToWorker;
 use crate::config::Config;
+use crate::telemetry::metrics::{Histogram, installed};
 
 /// Looks at the queue this often even if nothing happens: a restart may be due.
 const TICK: Duration = Duration::from_millis(250);
@@ -158,6 +159,12 @@ impl Supervisor {
             };
             if started.is_none() {
                 return Ok(());
+            }
+            if job.step == 0
+                && let Some(registry) = installed()
+            {
+                let waited = UnixTime::now().0.saturating_sub(job.created_at.0).max(0);
+                registry.histogram(Histogram::JobQueueWait, &[]).record(waited as f64);
             }
         }
         match self.launch(&job).await {

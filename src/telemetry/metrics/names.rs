@@ -213,6 +213,8 @@ families! {
             "Time to answer a request, by the pattern of its route; of a stream, until it begins.";
         StoreWriteDuration = "patrickstar_service_store_write_duration_seconds", Seconds, [],
             "Time until a change was safe in the database, waiting for its turn included.";
+        JobQueueWait = "patrickstar_service_job_queue_wait_seconds", Seconds, [],
+            "Time from a job's creation to its first worker.";
     }
 }
 
@@ -222,6 +224,8 @@ const STEP_BUCKETS: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.
 const PART_BUCKETS: &[f64] = &[1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0];
 /// Most answers and writes take a millisecond or a few.
 const ANSWER_BUCKETS: &[f64] = &[0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 30.0];
+/// A queue is empty, or as long as the jobs before.
+const QUEUE_BUCKETS: &[f64] = &[1.0, 10.0, 60.0, 300.0, 1800.0, 7200.0, 28_800.0, 86_400.0, 604_800.0];
 const CHECKPOINT_BUCKETS: &[f64] = &[0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0];
 
 impl Histogram {
@@ -235,6 +239,7 @@ impl Histogram {
             | Histogram::AdamHostDuration => PART_BUCKETS,
             Histogram::CheckpointDuration => CHECKPOINT_BUCKETS,
             Histogram::HttpDuration | Histogram::StoreWriteDuration => ANSWER_BUCKETS,
+            Histogram::JobQueueWait => QUEUE_BUCKETS,
         }
     }
 }

@@ -16,7 +16,7 @@ use super::measure::OpenStream;
 use super::view::{Event, Job};
 use super::{State, jobs};
 use crate::service::error::ServiceError;
-use crate::service::store::{EventRow, JobId, Seq, StoreHandle};
+use crate::service::store::{EventRow, JobId, Seq, Store, StoreHandle};
 
 /// Events that are sent together.
 const TOGETHER: usize = 200;
@@ -103,8 +103,13 @@ impl Follower {
     /// What came since the last time; the job's end, once there is nothing else.
     async fn read(&mut self) -> Result<Option<String>, ServiceError> {
         let (id, last) = (self.job.clone(), self.last);
-        let (job, events) =
-            self.store.read(move |store| Ok((store.job(&id)?, store.events_since(&id, last, TOGETHER)?))).await?;
+        // The job counts once there is nothing else: many clients read many times.
+        let read = move |store: &Store| {
+            let events = store.events_since(&id, last, TOGETHER)?;
+            let job = if events.is_empty() { store.job(&id)? } else { None };
+            Ok((job, events))
+        };
+        let (job, events) = self.store.read(read).await?;
         let Some(newest) = events.last() else {
             let ended = job.filter(|job| job.status.is_final());
             self.ended = ended.is_some();

@@ -211,7 +211,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<JobRow> {
 }
 
 fn find(connection: &Connection, id: &JobId) -> Result<Option<JobRow>, StoreError> {
-    Ok(connection.query_row("SELECT * FROM jobs WHERE id = ?1", [id], read).optional()?)
+    let mut statement = connection.prepare_cached("SELECT * FROM jobs WHERE id = ?1")?;
+    Ok(statement.query_row([id], read).optional()?)
 }
 
 impl Store {
@@ -344,14 +345,14 @@ impl Store {
     /// Jobs that wait for their file to be read, oldest first.
     pub fn jobs_to_validate(&self) -> Result<Vec<JobRow>, StoreError> {
         let mut statement =
-            self.connection.prepare("SELECT * FROM jobs WHERE status = 'validating_files' ORDER BY seq")?;
+            self.connection.prepare_cached("SELECT * FROM jobs WHERE status = 'validating_files' ORDER BY seq")?;
         let rows = statement.query_map([], read)?;
         Ok(rows.collect::<Result<_, _>>()?)
     }
 
     /// Jobs that may train, in the order they should: those that had begun, then by priority, then the oldest.
     pub fn runnable_jobs(&self) -> Result<Vec<(JobRow, UnixTime)>, StoreError> {
-        let mut statement = self.connection.prepare(
+        let mut statement = self.connection.prepare_cached(
             "SELECT * FROM jobs WHERE status IN ('running', 'queued') ORDER BY status = 'running' DESC, priority DESC, seq",
         )?;
         let rows = statement.query_map([], |row| Ok((read(row)?, row.get("not_before")?)))?;

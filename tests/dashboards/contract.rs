@@ -1,7 +1,6 @@
 //! What metrics, documentation, boards and rules promise each other. Needs no Prometheus.
 
 use std::collections::{BTreeSet, HashSet};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use patrickstar::telemetry::metrics::{Counter, Gauge, Histogram, docs};
@@ -9,6 +8,7 @@ use serde_json::Value;
 
 use crate::boards::{Board, GPU_ONLY};
 use crate::expression::names;
+use crate::sources::sources;
 use crate::{read, repository};
 
 /// Names of all metrics, without the endings that a histogram's series have.
@@ -45,17 +45,6 @@ fn the_documentation_lists_every_metric_as_it_is() {
         std::fs::write(&path, &text).unwrap();
     }
     assert!(read(&path) == text, "docs/METRICS.md is stale: run UPDATE_DOCS=1 cargo test --test dashboards");
-}
-
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
 }
 
 #[test]

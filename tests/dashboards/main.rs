@@ -11,6 +11,8 @@ mod endpoint;
 mod expression;
 mod live;
 mod server;
+#[path = "../sources/mod.rs"]
+mod sources;
 mod values;
 
 use std::path::{Path, PathBuf};

@@ -1,17 +1,8 @@
 //! Which part may know which.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-fn sources(directory: &Path, found: &mut Vec<PathBuf>) {
-    for entry in std::fs::read_dir(directory).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            sources(&path, found);
-        } else if path.extension().is_some_and(|extension| extension == "rs") {
-            found.push(path);
-        }
-    }
-}
+use crate::sources::sources;
 
 #[test]
 fn only_the_service_knows_http_and_the_database() {

@@ -19,5 +19,7 @@ mod page;
 mod refusals;
 mod routes;
 mod shutdown;
+#[path = "../sources/mod.rs"]
+mod sources;
 mod supervision;
 mod worker;

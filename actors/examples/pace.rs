@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::memory::{
-    Arena, Backend, CpuBackend, DeviceMath, Event, MemoryError, Slab, StateAddresses, Stream,
+    Arena, Backend, CpuBackend, DeviceMath, Event, MemoryError, Rows, Slab, StateAddresses, Stream,
 };
 use patrickstar_actors::monitor::NoProbe;
 use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart};
@@ -81,9 +81,9 @@ impl DeviceMath for PacedMath {
         Ok(())
     }
 
-    unsafe fn row_sums(&self, _: Precision, _: *const u8, rows: usize, _: usize) -> Result<Vec<f64>, MemoryError> {
+    unsafe fn row_sums(&self, _: Precision, gradients: &[Rows]) -> Result<Vec<Vec<f64>>, MemoryError> {
         pass(Duration::from_micros(50));
-        Ok(vec![1.0; rows])
+        Ok(gradients.iter().map(|gradient| vec![1.0; gradient.rows]).collect())
     }
 
     fn finish(&self) -> Result<(), MemoryError> {

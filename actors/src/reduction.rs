@@ -13,6 +13,7 @@ use crate::adam::{StepScalars, sum_of_squares, sum_of_squares_bf16, sum_of_squar
 use crate::chunk::{Pass, Tile};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
+use crate::memory::Rows;
 use crate::runtime::StepStart;
 use crate::shared::{Lease, Shared};
 use crate::table::{Access, Requester};
@@ -91,40 +92,30 @@ impl Reduction {
     fn measure(&self, group: GroupId) -> Result<Vec<Vec<f64>>, RuntimeError> {
         let lease = self.lease_where_it_is(group)?;
         let start = self.shared.timeline.now();
-        let tiles = self.shared.layout.group_tiles(group).iter();
-        let sums = tiles.map(|tile| self.row_sums(&lease, tile)).collect::<Result<_, _>>()?;
+        let sums = self.row_sums(&lease, self.shared.layout.group_tiles(group))?;
         self.shared.timeline.span(Track::Reduction, start, None, Bytes(0), || format!("reduce {group}"));
         lease.release(Pass::Backward)?;
         Ok(sums)
     }
 
-    fn row_sums(&self, lease: &Lease, tile: &Tile) -> Result<Vec<f64>, RuntimeError> {
-        let columns = self.shared.layout.tensors()[tile.tensor.0 as usize].columns;
-        let elements = tile.rows * columns;
-        let base = lease.address(0);
-        let precision = self.shared.layout.precision();
+    fn row_sums(&self, lease: &Lease, tiles: &[Tile]) -> Result<Vec<Vec<f64>>, RuntimeError> {
+        let layout = &self.shared.layout;
+        let precision = layout.precision();
+        let size = if precision.is_half() { 2 } else { 4 };
+        let rows: Vec<Rows> = tiles
+            .iter()
+            .map(|tile| Rows {
+                gradient: lease.address(0).wrapping_add(tile.offset * size),
+                rows: tile.rows,
+                columns: layout.tensors()[tile.tensor.0 as usize].columns,
+            })
+            .collect();
         if let Some(math) = self.shared.math.as_deref().filter(|_| lease.tier() == Tier::Device) {
-            let size = if precision.is_half() { 2 } else { 4 };
-            // SAFETY: the layout puts the tile inside the leased gradient chunk.
-            return Ok(unsafe { math.row_sums(precision, base.wrapping_add(tile.offset * size), tile.rows, columns)? });
+            // SAFETY: the layout puts the tiles inside the leased gradient chunk.
+            return Ok(unsafe { math.row_sums(precision, &rows)? });
         }
-        Ok(match precision {
-            Precision::Fp32 => {
-                // SAFETY: the layout puts the tile inside the leased gradient chunk.
-                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<f32>().add(tile.offset), elements) };
-                gradient.par_chunks(columns).map(sum_of_squares).collect()
-            }
-            Precision::Bf16 => {
-                // SAFETY: as above.
-                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
-                gradient.par_chunks(columns).map(sum_of_squares_bf16).collect()
-            }
-            Precision::Fp16 => {
-                // SAFETY: as above.
-                let gradient = unsafe { std::slice::from_raw_parts(base.cast::<u16>().add(tile.offset), elements) };
-                gradient.par_chunks(columns).map(sum_of_squares_fp16).collect()
-            }
-        })
+        // SAFETY: as above.
+        Ok(rows.iter().map(|rows| unsafe { row_sums_on_host(precision, rows) }).collect())
     }
 
     /// A gradient is measured in the tier where it lies, so that reducing never moves a chunk.
@@ -163,5 +154,28 @@ impl Reduction {
         let StepStart { step, update, lr, .. } = message.step;
         let scalars = scale.map(|scale| StepScalars::new(&self.shared.adam, lr, update, scale as f32));
         self.shared.hand_over(StepGroup { step, group, scalars });
+    }
+}
+
+/// # Safety
+/// `gradient` must have `rows * columns` elements of `precision`, which nobody writes.
+unsafe fn row_sums_on_host(precision: Precision, &Rows { gradient, rows, columns }: &Rows) -> Vec<f64> {
+    let elements = rows * columns;
+    match precision {
+        Precision::Fp32 => {
+            // SAFETY: by this function's contract.
+            let gradient = unsafe { std::slice::from_raw_parts(gradient.cast::<f32>(), elements) };
+            gradient.par_chunks(columns).map(sum_of_squares).collect()
+        }
+        Precision::Bf16 => {
+            // SAFETY: as above.
+            let gradient = unsafe { std::slice::from_raw_parts(gradient.cast::<u16>(), elements) };
+            gradient.par_chunks(columns).map(sum_of_squares_bf16).collect()
+        }
+        Precision::Fp16 => {
+            // SAFETY: as above.
+            let gradient = unsafe { std::slice::from_raw_parts(gradient.cast::<u16>(), elements) };
+            gradient.par_chunks(columns).map(sum_of_squares_fp16).collect()
+        }
     }
 }

@@ -35,6 +35,17 @@ impl Compute {
         self.device().synchronize()
     }
 
+    /// Waits for everything queued without keeping a core busy.
+    pub fn sleep_until_done(&self) -> Result<()> {
+        match self {
+            Compute::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(ops) => {
+                patrickstar_actors::cuda::sleep_until_done(ops.stream()).map_err(candle_core::Error::wrap)
+            }
+        }
+    }
+
     /// Address of a contiguous tensor's elements, good while the tensor lives.
     pub fn address(&self, tensor: &Tensor) -> Result<*const u8> {
         match self {

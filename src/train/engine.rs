@@ -201,6 +201,7 @@ impl Engine {
         let losses = self.backward(batch, step, inputs)?;
         let host = thread_time().saturating_sub(began);
         // Read last: reading waits for the device.
+        self.compute.sleep_until_done()?;
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
         Ok((loss, host, self.runtime.end_step()?))
     }

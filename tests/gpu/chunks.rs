@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use half::bf16;
 use patrickstar_actors::adam::{self, AdamConfig, StepScalars};
-use patrickstar_actors::memory::{Backend, CudaBackend, DeviceMath, Slab, SlotIndex, StateAddresses, Stream};
+use patrickstar_actors::memory::{Backend, CudaBackend, DeviceMath, Rows, Slab, SlotIndex, StateAddresses, Stream};
 use patrickstar_actors::types::{Bytes, Precision, Step};
 
 use crate::compare::mix;
@@ -274,9 +274,12 @@ fn row_sums(math: &dyn DeviceMath, precision: Precision, [rows, columns]: [usize
             narrow.chunks(columns).map(adam::sum_of_squares_fp16).collect()
         }
     };
+    // Twice, at the same time: each has its own place for sums.
+    let gradient = Rows { gradient: memory.address(0), rows, columns };
     // SAFETY: the slot holds that many elements.
-    let sums = unsafe { math.row_sums(precision, memory.address(0), rows, columns) }.unwrap();
-    assert_eq!(sums.len(), rows);
+    let [first, sums] = unsafe { math.row_sums(precision, &[gradient, gradient]) }.unwrap().try_into().unwrap();
+    assert_eq!(first.len(), rows);
+    assert!(first.iter().zip(&sums).all(|(a, b)| a.to_bits() == b.to_bits()), "the same gradient has other sums");
     for (row, (got, want)) in sums.iter().zip(&expected).enumerate() {
         assert!(
             got.to_bits() == want.to_bits(),

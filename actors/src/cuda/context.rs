@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::CUmemPool_attribute::{
     CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
-use cudarc::driver::{CudaContext, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::launch::Kernels;
 use super::profile::Profile;
@@ -120,6 +120,12 @@ impl Gpu {
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
         set(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
     }
+}
+
+/// Waits for everything queued on `stream`. The driver's own way to wait keeps a core busy, and cores are for the
+/// optimizer: this thread sleeps.
+pub fn sleep_until_done(stream: &CudaStream) -> Result<(), DriverError> {
+    stream.record_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))?.synchronize()
 }
 
 /// Memory given back to a pool stays there: asking the system for it again costs half a millisecond.

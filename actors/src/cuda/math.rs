@@ -6,10 +6,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-use super::context::{Gpu, device_error};
+use super::context::{Gpu, device_error, sleep_until_done};
 use super::launch::{Arg, Grid};
 use crate::adam::StepScalars;
-use crate::memory::{DeviceMath, MemoryError, StateAddresses};
+use crate::memory::{DeviceMath, MemoryError, Rows, StateAddresses};
 use crate::types::Precision;
 
 const ELEMENTS_PER_BLOCK: u64 = 1024;
@@ -113,34 +113,41 @@ impl DeviceMath for ChunkMath {
         unsafe { self.gpu.kernels.launch(&self.stream, name, grid, &args) }
     }
 
-    unsafe fn row_sums(
-        &self,
-        precision: Precision,
-        gradient: *const u8,
-        rows: usize,
-        columns: usize,
-    ) -> Result<Vec<f64>, MemoryError> {
+    unsafe fn row_sums(&self, precision: Precision, gradients: &[Rows]) -> Result<Vec<Vec<f64>>, MemoryError> {
         let failed = |error| device_error("measure a gradient", error);
+        let total: usize = gradients.iter().map(|gradient| gradient.rows).sum();
         let mut buffer = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        let sums = buffer.reserve(rows).map_err(failed)?;
+        let sums = buffer.reserve(total).map_err(failed)?;
         let name = match precision {
             Precision::Fp32 => "row_sums_f32",
             Precision::Bf16 => "row_sums_bf16",
             Precision::Fp16 => "row_sums_fp16",
         };
-        let args = [Arg::Pointer(gradient as u64), Arg::Pointer(sums), Arg::U64(rows as u64), Arg::U64(columns as u64)];
-        let grid = Grid::linear((rows as u64).div_ceil(ROWS_PER_BLOCK), 128);
-        // SAFETY: the caller vouches for the gradient; `sums` has a place for every row.
-        unsafe { self.gpu.kernels.launch(&self.stream, name, grid, &args)? };
-        let mut values = vec![0f64; rows];
-        // SAFETY: `rows` numbers that the kernel wrote; the copy is over before the vector is used or freed.
+        let mut place = sums;
+        for &Rows { gradient, rows, columns } in gradients {
+            let (rows, columns) = (rows as u64, columns as u64);
+            let args = [Arg::Pointer(gradient as u64), Arg::Pointer(place), Arg::U64(rows), Arg::U64(columns)];
+            let grid = Grid::linear(rows.div_ceil(ROWS_PER_BLOCK), 128);
+            // SAFETY: the caller vouches for the gradient; `sums` has a place for every row.
+            unsafe { self.gpu.kernels.launch(&self.stream, name, grid, &args)? };
+            place += rows * size_of::<f64>() as u64;
+        }
+        sleep_until_done(&self.stream).map_err(failed)?;
+        let mut values = vec![0f64; total];
+        // SAFETY: `total` numbers that the kernels wrote; the copy is over before the vector is used or freed.
         unsafe { result::memcpy_dtoh_async(&mut values, sums, self.stream.cu_stream()) }
             .and_then(|()| self.stream.synchronize())
             .map_err(failed)?;
-        Ok(values)
+        let mut rest = &values[..];
+        let of_each = gradients.iter().map(|gradient| {
+            let (first, others) = rest.split_at(gradient.rows);
+            rest = others;
+            first.to_vec()
+        });
+        Ok(of_each.collect())
     }
 
     fn finish(&self) -> Result<(), MemoryError> {
-        self.stream.synchronize().map_err(|error| device_error("finish its work on chunks", error))
+        sleep_until_done(&self.stream).map_err(|error| device_error("finish its work on chunks", error))
     }
 }

@@ -6,7 +6,7 @@ mod math;
 mod profile;
 
 pub(crate) use context::device_error;
-pub use context::{Gpu, PoolUse};
+pub use context::{Gpu, PoolUse, sleep_until_done};
 pub use launch::{Arg, Grid, Kernels, TensorMap};
 pub use math::ChunkMath;
 pub use profile::{ClassTime, Profile};

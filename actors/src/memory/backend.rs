@@ -94,6 +94,17 @@ pub struct StateAddresses {
     pub gradient: *mut u8,
 }
 
+/// A gradient of `rows * columns` elements, row by row.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows {
+    /// Where it begins.
+    pub gradient: *const u8,
+    /// Its rows.
+    pub rows: usize,
+    /// Elements of a row.
+    pub columns: usize,
+}
+
 /// The optimizer's and reduction's arithmetic on a device, with the bits of the host's. Work is queued in order.
 pub trait DeviceMath: Send + Sync {
     /// Queues one step of Adam over `elements` elements.
@@ -108,17 +119,11 @@ pub trait DeviceMath: Send + Sync {
         states: StateAddresses,
         elements: usize,
     ) -> Result<(), MemoryError>;
-    /// The sum of squares of each row of a gradient, after what is queued.
+    /// The sums of squares of the rows of each gradient, after what is queued. Waits once, however many there are.
     ///
     /// # Safety
-    /// `gradient` must be that of a leased chunk on this device, with room for `rows * columns` elements.
-    unsafe fn row_sums(
-        &self,
-        precision: Precision,
-        gradient: *const u8,
-        rows: usize,
-        columns: usize,
-    ) -> Result<Vec<f64>, MemoryError>;
+    /// The addresses must be those of leased chunks on this device, with room for `rows * columns` elements.
+    unsafe fn row_sums(&self, precision: Precision, gradients: &[Rows]) -> Result<Vec<Vec<f64>>, MemoryError>;
     /// Waits for everything queued.
     fn finish(&self) -> Result<(), MemoryError>;
 }

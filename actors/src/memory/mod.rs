@@ -19,7 +19,7 @@ mod slots;
 
 pub use arena::Arena;
 pub use backend::{
-    Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, DeviceMath, Event, Slab, StateAddresses, Stream,
+    Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, DeviceMath, Event, Rows, Slab, StateAddresses, Stream,
 };
 #[cfg(feature = "cuda")]
 pub use cuda::CudaBackend;

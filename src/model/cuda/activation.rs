@@ -63,12 +63,12 @@ impl CudaOps {
     pub(crate) fn gelu_backward_bias(&self, dy: &Tensor, u: &Tensor, form: Gelu, bias: &Param) -> Result<Tensor> {
         let (cols, dtype) = (bias.rows(), u.dtype());
         let out = self.uninitialised(u.shape(), dtype)?;
-        let partial = self.uninitialised((PARTIALS, cols), DType::F32)?;
+        let [partial] = self.scratch([PARTIALS * cols])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(u)?,
             self.pointer(&out)?,
-            self.pointer(&partial)?,
+            partial,
             Arg::U64((u.elem_count() / cols) as u64),
             Arg::I32(cols as i32),
             Arg::I32(PARTIALS as i32),
@@ -76,7 +76,7 @@ impl CudaOps {
         ];
         let grid = self.column_grid(cols, dtype, PARTIALS);
         self.launch(&self.activation, kernel!(dtype, "gelu_backward_bias"), grid, &args)?;
-        self.accumulate_columns(&[(&partial, bias)], PARTIALS, dtype)?;
+        self.accumulate_columns(&[(partial, bias)], PARTIALS, dtype)?;
         Ok(out)
     }
 

@@ -257,8 +257,7 @@ impl CudaOps {
         dqkv: &Tensor,
     ) -> Result<()> {
         let width = call.width()?;
-        let stats = self.uninitialised((2, call.batch, call.heads, call.padded_time()), DType::F32)?;
-        let stats = [self.pointer(&stats)?];
+        let stats = self.scratch([2 * call.batch * call.heads * call.padded_time()])?;
         let from = self.address(qkv)?;
         let [q, k, v] = PARTS.map(|part| call.part(from, part));
         let dout = Heads { address: self.address(dy)?, stride: call.hidden(), heads: call.heads };
@@ -286,12 +285,12 @@ impl CudaOps {
     ) -> Result<()> {
         let (width, names) = call.names_f32()?;
         let shared = shared_f32(4, *width);
-        let delta = self.uninitialised(lse.shape(), DType::F32)?;
+        let [delta] = self.scratch([lse.elem_count()])?;
         let (from, to, stride) = (self.address(qkv)?, self.address(dqkv)?, Arg::U64(call.hidden() as u64));
         let inputs = strided(&PARTS.map(|part| call.part(from, part)));
         let [dq, dk, dv] = PARTS.map(|part| strided(&[call.part(to, part)]));
         let tail = [call.dims(), call.masks(self)?].concat();
-        let rows = [self.pointer(lse)?, self.pointer(&delta)?];
+        let rows = [self.pointer(lse)?, delta];
         let (out, dy) = ([self.pointer(out)?, stride], [self.pointer(dy)?, stride]);
         let args = [&inputs[..], &out, &dy, &rows, &dq, &tail].concat();
         self.launch(&self.attention_f32, names[1], self.grid_f32(call, call.heads, shared), &args)?;

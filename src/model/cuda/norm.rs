@@ -81,8 +81,7 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let dweight = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
-        let dbias = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
+        let [dweight, dbias] = self.scratch([NORM_PARTIALS * cols; 2])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -90,14 +89,14 @@ impl CudaOps {
             self.pointer(stats)?,
             before.as_ref().map_or(Ok(Arg::Pointer(0)), |before| self.pointer(before))?,
             self.pointer(&dx)?,
-            self.pointer(&dweight)?,
-            self.pointer(&dbias)?,
+            dweight,
+            dbias,
             Arg::U64(rows as u64),
             Arg::I32(cols as i32),
             Arg::I32(NORM_PARTIALS as i32),
         ];
         self.launch(&self.norm, kernel!(dtype, "layer_norm_backward"), backward_grid(cols, dtype), &args)?;
-        self.accumulate_columns(&[(&dweight, weight), (&dbias, bias)], NORM_PARTIALS, dtype)?;
+        self.accumulate_columns(&[(dweight, weight), (dbias, bias)], NORM_PARTIALS, dtype)?;
         Ok(dx)
     }
 
@@ -133,7 +132,7 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let dweight = self.uninitialised((NORM_PARTIALS, cols), DType::F32)?;
+        let [dweight] = self.scratch([NORM_PARTIALS * cols])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -141,13 +140,13 @@ impl CudaOps {
             self.pointer(stats)?,
             before.as_ref().map_or(Ok(Arg::Pointer(0)), |before| self.pointer(before))?,
             self.pointer(&dx)?,
-            self.pointer(&dweight)?,
+            dweight,
             Arg::U64(rows as u64),
             Arg::I32(cols as i32),
             Arg::I32(NORM_PARTIALS as i32),
         ];
         self.launch(&self.norm, kernel!(dtype, "rms_norm_backward"), backward_grid(cols, dtype), &args)?;
-        self.accumulate_columns(&[(&dweight, weight)], NORM_PARTIALS, dtype)?;
+        self.accumulate_columns(&[(dweight, weight)], NORM_PARTIALS, dtype)?;
         Ok(dx)
     }
 
@@ -155,20 +154,20 @@ impl CudaOps {
     pub(super) fn add_column_sums(&self, dy: &Tensor, param: &Param) -> Result<()> {
         let Some(gradient) = self.gradient_address(param)? else { return Ok(()) };
         let (cols, dtype) = (param.rows(), dy.dtype());
-        let partial = self.uninitialised((SUM_PARTIALS, cols), DType::F32)?;
+        let [partial] = self.scratch([SUM_PARTIALS * cols])?;
         let grid = self.column_grid(cols, dtype, SUM_PARTIALS);
         // Beyond a million columns there are not enough counters, and the sums take a launch of their own.
         let is_counted = grid.blocks[0] as usize <= COLUMN_COUNTERS;
         let args = [
             self.pointer(dy)?,
-            self.pointer(&partial)?,
+            partial,
             Arg::U64((dy.elem_count() / cols) as u64),
             Arg::I32(cols as i32),
             Arg::Pointer(gradient),
             if is_counted { self.pointer(&self.column_counters)? } else { Arg::Pointer(0) },
         ];
         self.launch(&self.norm, kernel!(dtype, "column_sums"), grid, &args)?;
-        if is_counted { Ok(()) } else { self.accumulate_columns(&[(&partial, param)], SUM_PARTIALS, dtype) }
+        if is_counted { Ok(()) } else { self.accumulate_columns(&[(partial, param)], SUM_PARTIALS, dtype) }
     }
 
     /// Blocks of a kernel that leaves `partials` partial sums of columns.
@@ -178,11 +177,11 @@ impl CudaOps {
     }
 
     /// Adds the sums of partial sums to the gradients of one or two vectors of one length.
-    pub(super) fn accumulate_columns(&self, sums: &[(&Tensor, &Param)], partials: usize, dtype: DType) -> Result<()> {
+    pub(super) fn accumulate_columns(&self, sums: &[(Arg, &Param)], partials: usize, dtype: DType) -> Result<()> {
         let mut pairs = Vec::with_capacity(2);
-        for (partial, param) in sums {
+        for &(partial, param) in sums {
             if let Some(gradient) = self.gradient_address(param)? {
-                pairs.push([self.pointer(partial)?, Arg::Pointer(gradient)]);
+                pairs.push([partial, Arg::Pointer(gradient)]);
             }
         }
         let (Some(&first), Some(&last)) = (pairs.first(), pairs.last()) else { return Ok(()) };

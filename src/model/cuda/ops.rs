@@ -21,6 +21,8 @@ use super::matmul::Products;
 use super::rope::Tables;
 use super::staging::Staging;
 
+/// fp32 numbers between places in the scratch memory: 256 bytes, the alignment of an allocation.
+const SCRATCH_MULTIPLE: usize = 64;
 /// Tiles of columns of which the last block adds the sums.
 pub(super) const COLUMN_COUNTERS: usize = 4096;
 
@@ -46,6 +48,8 @@ pub struct CudaOps {
     pub(super) products: Mutex<Products>,
     staging: Mutex<Staging>,
     pub(super) rope_tables: Tables,
+    /// What one operation's kernels hand to each other; the next operation on the stream may write over it.
+    scratch: Mutex<Option<Tensor>>,
     /// Two counters of the attention kernels.
     pub(super) counters: Tensor,
     /// A zero for each tile of columns, before and after every launch on the stream.
@@ -128,6 +132,7 @@ impl CudaOps {
             products,
             staging,
             rope_tables: Tables::default(),
+            scratch: Mutex::default(),
             counters,
             column_counters,
             device,
@@ -184,6 +189,24 @@ impl CudaOps {
             }
         };
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+    }
+
+    /// Uninitialised places for so many fp32 numbers each, for the kernels of one operation: the next one that asks gets
+    /// the same memory. An allocation of the driver costs as much as a launch, and half of them were for partial sums.
+    pub(super) fn scratch<const N: usize>(&self, numbers: [usize; N]) -> Result<[Arg; N]> {
+        let places = numbers.map(|count| count.next_multiple_of(SCRATCH_MULTIPLE));
+        let total: usize = places.iter().sum();
+        let mut scratch = self.scratch.lock().map_err(message)?;
+        if scratch.as_ref().is_none_or(|scratch| scratch.elem_count() < total) {
+            // What is queued keeps the old one: memory is freed in the order of the stream.
+            *scratch = Some(self.uninitialised(total, DType::F32)?);
+        }
+        let mut next = scratch.as_ref().map_or(Ok(0), |scratch| self.address(scratch))?;
+        Ok(places.map(|count| {
+            let place = next;
+            next += (count * DType::F32.size_in_bytes()) as u64;
+            Arg::Pointer(place)
+        }))
     }
 
     /// # Safety

@@ -8,7 +8,7 @@ use candle_core::{DType, Tensor};
 use patrickstar_actors::adam::{AdamConfig, StepScalars};
 use patrickstar_actors::cuda::ChunkMath;
 use patrickstar_actors::error::RuntimeError;
-use patrickstar_actors::memory::{DeviceMath, MemoryError, StateAddresses};
+use patrickstar_actors::memory::{DeviceMath, MemoryError, Rows, StateAddresses};
 use patrickstar_actors::types::{Precision, Step};
 use serde_json::{Value, json};
 
@@ -356,8 +356,9 @@ impl Report {
             self.add(names[0], format!("{PARAMETERS}"), seconds, Need::Bytes(step_bytes * PARAMETERS as f64));
             let seconds = self.clock.class("adam", || {
                 self.clock.ops.device().synchronize()?;
+                let gradient = Rows { gradient: states.gradient, rows, columns };
                 // SAFETY: as above.
-                unsafe { math.row_sums(precision, states.gradient, rows, columns) }.map(drop).map_err(of_chunks)
+                unsafe { math.row_sums(precision, &[gradient]) }.map(drop).map_err(of_chunks)
             })?;
             let bytes = (rows * columns) as f64 * if half { 2.0 } else { 4.0 };
             self.add(names[1], format!("{rows} x {columns}"), seconds, Need::Bytes(bytes));

@@ -73,34 +73,54 @@ pub struct SplitCosts {
     pub compute: Duration,
     /// The share of `compute` before the first gradient.
     pub forward_share: f64,
-    /// The update of a group by the host's cores.
+    /// The update of a group by the host's cores, were nothing copied meanwhile.
     pub host_step: Duration,
+    /// The part of `host_step` in which memory is what the cores wait for: 1 where all cores step.
+    pub memory_share: f64,
     /// A chunk on its way to the device, while others come back.
     pub to_device: Duration,
     /// A chunk on its way back.
     pub to_host: Duration,
 }
 
+impl SplitWork {
+    /// What a copied chunk is of the bytes that an update of a group moves in host memory: its states are read and written,
+    /// its gradient is read.
+    fn of_an_update(&self) -> f64 {
+        1.0 / f64::from(2 * self.persistent + 1)
+    }
+}
+
 impl SplitCosts {
     /// Predicted time of a step in which `streamed` groups pass through the device: computing, copying and stepping in host
-    /// memory overlap, so the longest counts.
+    /// memory overlap, so the longest counts. Updates and copies share the host's memory: a group that passes through the
+    /// device moves as many bytes there as its update by the host's cores, so that it is of use where cores are few.
     pub fn step(&self, work: &SplitWork, streamed: u32) -> Duration {
         let of = |count: u32, each: Duration| each * count;
         let on_host = work.groups.saturating_sub(streamed);
+        let passing = STREAMING_DETOUR * f64::from(streamed);
+        let (states_in, all_back) = (f64::from(work.persistent - 1), f64::from(work.persistent));
         // Each pass brings the weights that do not live on the device.
         let (forward, backward) =
             (self.compute.mul_f64(self.forward_share), self.compute.mul_f64(1.0 - self.forward_share));
         let weights = of(work.groups, self.to_device);
         // Some of what passes through comes twice: the compute thread may take its place.
-        let states = of(streamed * (work.persistent - 1), self.to_device).mul_f64(STREAMING_DETOUR);
+        let states = self.to_device.mul_f64(passing * states_in);
         let gradients = of(on_host, self.to_host);
-        let back = of(streamed * work.persistent, self.to_host).mul_f64(STREAMING_DETOUR);
-        let host = of(on_host, self.host_step);
+        let back = self.to_host.mul_f64(passing * all_back);
+        let weight_passes = if work.together { 1 } else { 2 };
+        let copied = f64::from(weight_passes * work.groups + on_host) + passing * (states_in + all_back);
+        let host = self.host_step.mul_f64(self.updates(f64::from(on_host), work, copied));
         if work.together {
             return forward.max(host).max(weights + states).max(back) + backward.max(weights).max(gradients);
         }
         // Updates run under the backward pass and under the next forward pass, which begins with what was updated last.
         (forward.max(weights) + backward.max(weights + states)).max(host).max(gradients + back)
+    }
+
+    /// The updates by the host's cores that take as long as `updates` beside so many copied chunks.
+    pub(crate) fn updates(&self, updates: f64, work: &SplitWork, copied: f64) -> f64 {
+        updates.max(self.memory_share * (updates + work.of_an_update() * copied))
     }
 
     /// The number of streamed groups, up to `most`, with which a step is predicted to be shortest; the fewest of equals.
@@ -209,11 +229,13 @@ mod tests {
         }
     }
 
+    /// Of a host whose memory is four times as fast as its cores.
     fn costs(host_ms: u64, chunk_ms: u64) -> SplitCosts {
         SplitCosts {
             compute: Duration::from_millis(1000),
             forward_share: 0.25,
             host_step: Duration::from_millis(host_ms),
+            memory_share: 0.25,
             to_device: Duration::from_millis(chunk_ms),
             to_host: Duration::from_millis(chunk_ms),
         }
@@ -228,6 +250,10 @@ mod tests {
         let streamed = costs(40, 5).best_streamed(&work, 32);
         assert_eq!(streamed, 7);
         assert_eq!(costs(40, 5).step(&work, streamed), Duration::from_millis(1000));
+        // Where memory is what the cores wait for, passing through the device takes as much of it.
+        let all_cores = SplitCosts { memory_share: 1.0, ..costs(40, 5) };
+        assert_eq!(all_cores.best_streamed(&work, 32), 0);
+        assert!(all_cores.step(&work, 0) > costs(40, 5).step(&work, 0), "copies take some of the memory");
         // A slow link makes streaming pointless, however slow the host.
         assert_eq!(costs(40, 60).best_streamed(&work, 32), 0);
         // When updates wait for the last gradient both sides share the forward pass.

@@ -100,12 +100,15 @@ impl Splitter {
     }
 
     fn step(&self, split: Split) -> Duration {
-        let work = SplitWork {
+        self.costs.step(&self.work(split), split.streamed)
+    }
+
+    fn work(&self, split: Split) -> SplitWork {
+        SplitWork {
             groups: self.room.groups.saturating_sub(split.resident),
             persistent: self.room.persistent,
             together: self.room.together,
-        };
-        self.costs.step(&work, split.streamed)
+        }
     }
 
     fn measure(&mut self, stats: &Stats, elapsed: Duration) {
@@ -124,8 +127,13 @@ impl Splitter {
             self.costs.to_host = average(self.costs.to_host, each);
         }
         if stats.stepped_on_host > 0 {
-            let each = stats.stepping_on_host.mul_f64(self.parameters / stats.stepped_on_host as f64);
-            self.costs.host_step = average(self.costs.host_step, each);
+            // Copies that took the host's memory meanwhile would have been part of an update.
+            let copies =
+                (stats.moves[Direction::HostToDevice as usize] + stats.moves[Direction::DeviceToHost as usize]) as f64;
+            let meanwhile = (stats.stepping_on_host.as_secs_f64() / elapsed.as_secs_f64().max(1e-9)).min(1.0);
+            let groups = stats.stepped_on_host as f64 / self.parameters;
+            let updates = self.costs.updates(groups, &self.work(self.split), copies * meanwhile);
+            self.costs.host_step = average(self.costs.host_step, stats.stepping_on_host.div_f64(updates));
         }
     }
 }
@@ -138,8 +146,14 @@ mod tests {
     fn a_slow_host_hands_groups_to_the_device_and_a_small_budget_takes_residents() {
         let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false, tight: false };
         let ms = Duration::from_millis;
-        let costs =
-            SplitCosts { compute: ms(1000), forward_share: 0.25, host_step: ms(10), to_device: ms(5), to_host: ms(5) };
+        let costs = SplitCosts {
+            compute: ms(1000),
+            forward_share: 0.25,
+            host_step: ms(10),
+            memory_share: 0.25,
+            to_device: ms(5),
+            to_host: ms(5),
+        };
         let split = room.split(&costs);
         assert_eq!(split.streamed, 0);
         let sides = spread_sides(32, split.resident, split.streamed);

@@ -12,15 +12,15 @@ use crate::config::{Boundaries, Config, Placement, Recompute};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
-/// used, and parameters that one core steps in a second beside copies. Measured on an H200 with 16 cores.
+/// used, and parameters that one core steps in a second beside the GPU. Measured on an H200 with 16 cores.
 const PRODUCTS: f64 = 6.2e14;
 const LINK: f64 = 43e9;
-const STEPPED_BY_CORE: f64 = 3.5e8;
-/// Parameters whose update is timed where the host's memory is at hand, more than a cache holds, and what copies leave of
-/// that rate.
+const STEPPED_BY_CORE: f64 = 3.8e8;
+/// Parameters whose update is timed where the host's memory is at hand, more than a cache holds, and what is
+/// left of that rate while a GPU is fed, the bytes of its copies not counted.
 const TIMED: usize = 16 << 20;
 const REPEATS: usize = 3;
-const BESIDE_COPIES: f64 = 0.77;
+const BESIDE_A_GPU: f64 = 0.85;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 
@@ -94,6 +94,7 @@ impl Plan {
             compute,
             forward_share,
             host_step: Duration::from_secs_f64(parameters / stepped_a_second(config)),
+            memory_share: stepping_share(config),
             to_device: copy,
             to_host: copy,
         }
@@ -150,15 +151,10 @@ impl Plan {
 /// Gradients in host memory below which both sides would wait for each other.
 const LEAST_GRADIENTS: u32 = 4;
 
-/// Parameters that the host steps in a second beside copies. A program for GPUs runs where it plans, so it measures, once:
+/// Parameters that the host steps in a second beside a GPU, were nothing copied. A program for GPUs runs where it plans, so it measures, once:
 /// hosts of the same kind differ by a third.
 fn stepped_a_second(config: &Config) -> f64 {
     static MEASURED: OnceLock<Option<f64>> = OnceLock::new();
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = match config.actors.optimizer.threads {
-        0 => cores,
-        threads => threads.min(cores),
-    };
     let measure = || {
         let rate = adam_bandwidth(config.model.precision, TIMED, REPEATS);
         rate.inspect_err(|error| tracing::warn!("the host's updates cannot be timed, an estimate is used: {error}"))
@@ -166,6 +162,17 @@ fn stepped_a_second(config: &Config) -> f64 {
     };
     let measured = is_cuda(&config.compute) && cfg!(feature = "cuda");
     let by_all = if measured { *MEASURED.get_or_init(|| measure().map(|rate| rate.params_per_s)) } else { None };
-    let estimated = STEPPED_BY_CORE * threads as f64;
-    by_all.map_or(estimated, |by_all| BESIDE_COPIES * by_all * threads as f64 / cores as f64)
+    by_all.map_or(STEPPED_BY_CORE * cores() as f64, |by_all| BESIDE_A_GPU * by_all) * stepping_share(config)
+}
+
+/// The share of the cores that step. All of them together wait for memory.
+fn stepping_share(config: &Config) -> f64 {
+    match config.actors.optimizer.threads {
+        0 => 1.0,
+        threads => (threads as f64 / cores() as f64).min(1.0),
+    }
+}
+
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }

@@ -52,6 +52,7 @@ const GUESS: SplitCosts = SplitCosts {
     compute: Duration::from_millis(10),
     forward_share: 0.25,
     host_step: Duration::from_secs(1),
+    memory_share: 0.25,
     to_device: Duration::from_micros(10),
     to_host: Duration::from_micros(10),
 };

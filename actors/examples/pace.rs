@@ -159,6 +159,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         compute: forward * groups * 4,
         forward_share: 0.25,
         host_step: Duration::from_millis(3),
+        memory_share: 1.0,
         to_device: copy,
         to_host: copy,
     };

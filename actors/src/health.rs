@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
@@ -89,17 +90,33 @@ pub struct ActorStatus {
     pub life: Life,
     /// Messages that wait for it.
     pub waiting: u64,
+    /// Messages that its mailbox holds; a sender waits when it is full. 0 for a bell, which is rung or not.
+    pub capacity: u64,
     /// Messages handled.
     pub handled: u64,
+    /// Time in which it handled them.
+    pub busy: Duration,
+    /// When it handled the last one, in seconds since 1970.
+    pub last_progress: Option<f64>,
     /// Times it was restored after a panic.
     pub restarts: u64,
     /// Message of its last panic.
     pub last_fault: Option<String>,
 }
 
+struct Mailbox {
+    capacity: usize,
+    /// Counts the messages that wait.
+    waiting: Box<dyn Fn() -> usize + Send + Sync>,
+}
+
 #[derive(Default)]
 struct Vital {
     handled: AtomicU64,
+    /// Nanoseconds.
+    busy: AtomicU64,
+    /// Milliseconds since 1970; 0 before the first message.
+    last_progress: AtomicU64,
     restarts: AtomicU64,
     /// Handled messages at the last restart: restarts without progress in between count as failing in a row.
     handled_at_restart: AtomicU64,
@@ -107,8 +124,7 @@ struct Vital {
     panic_next: AtomicBool,
     last_fault: Mutex<Option<String>>,
     life: Mutex<Life>,
-    /// Counts the messages that wait.
-    mailbox: OnceLock<Box<dyn Fn() -> usize + Send + Sync>>,
+    mailbox: OnceLock<Mailbox>,
 }
 
 /// Vital signs of all actors.
@@ -124,18 +140,24 @@ impl Health {
 
     /// Learns how to count the messages that wait. A mailbox is not kept open by that.
     pub(crate) fn watch_mailbox<M: Send + 'static>(&self, actor: ActorName, sender: &flume::Sender<M>) {
+        let capacity = sender.capacity().unwrap_or(0);
         let sender = sender.downgrade();
-        let count = move || sender.upgrade().map_or(0, |sender| sender.len());
+        let waiting = Box::new(move || sender.upgrade().map_or(0, |sender| sender.len()));
         // An actor has one mailbox, however often it is restored.
-        let _ = self.vital(actor).mailbox.set(Box::new(count));
+        let _ = self.vital(actor).mailbox.set(Mailbox { capacity, waiting });
     }
 
     pub(crate) fn set_life(&self, actor: ActorName, life: Life) {
         *self.vital(actor).life.lock().unwrap_or_else(PoisonError::into_inner) = life;
     }
 
-    pub(crate) fn handled(&self, actor: ActorName) {
-        self.vital(actor).handled.fetch_add(1, Ordering::Relaxed);
+    /// Notes a message that took `time`.
+    pub(crate) fn handled(&self, actor: ActorName, time: Duration) {
+        let vital = self.vital(actor);
+        vital.handled.fetch_add(1, Ordering::Relaxed);
+        vital.busy.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        vital.last_progress.store(now.as_millis() as u64, Ordering::Relaxed);
     }
 
     /// Notes a restart and returns how often the actor has failed without handling anything in between.
@@ -178,8 +200,14 @@ impl Health {
                 ActorStatus {
                     actor: actor.name(),
                     life: *vital.life.lock().unwrap_or_else(PoisonError::into_inner),
-                    waiting: vital.mailbox.get().map_or(0, |count| count() as u64),
+                    waiting: vital.mailbox.get().map_or(0, |mailbox| (mailbox.waiting)() as u64),
+                    capacity: vital.mailbox.get().map_or(0, |mailbox| mailbox.capacity as u64),
                     handled: vital.handled.load(Ordering::Relaxed),
+                    busy: Duration::from_nanos(vital.busy.load(Ordering::Relaxed)),
+                    last_progress: match vital.last_progress.load(Ordering::Relaxed) {
+                        0 => None,
+                        milliseconds => Some(milliseconds as f64 / 1e3),
+                    },
                     restarts: vital.restarts.load(Ordering::Relaxed),
                     last_fault: vital.last_fault.lock().unwrap_or_else(PoisonError::into_inner).clone(),
                 }

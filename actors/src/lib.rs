@@ -16,6 +16,7 @@
 //! - [`runtime`]: the handle that a model uses.
 
 pub mod adam;
+pub mod ages;
 pub mod chunk;
 mod copy;
 #[cfg(feature = "cuda")]

@@ -344,7 +344,7 @@ impl<'a> Planner<'a> {
             self.table.entry_mut(victim).prefetched = false;
         }
         if clean {
-            self.table.discard(victim, tier)?;
+            self.table.make_way(victim, tier)?;
             self.table.stats.dropped += 1;
             return Ok(true);
         }

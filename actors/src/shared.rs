@@ -166,6 +166,9 @@ impl Shared {
         let mut queued = false;
         let mut waited_since = self.timeline.now();
         let mut last_cause = None;
+        if is_compute {
+            table.count_access(&request);
+        }
         let slots = loop {
             if let Some(error) = &table.failed {
                 let error = error.clone();

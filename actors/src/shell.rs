@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use actix::prelude::*;
 
@@ -65,11 +66,12 @@ impl<W: Worker> Shell<W> {
 
     fn work(&mut self, message: W::Message, ctx: &mut Context<Self>) {
         self.post.in_hand().push_front(message.clone());
+        let began = Instant::now();
         let outcome = catch_unwind(AssertUnwindSafe(|| self.worker.handle(message)));
         match outcome {
             Ok(result) => {
                 self.post.in_hand().pop_front();
-                self.post.shared.health.handled(self.post.name);
+                self.post.shared.health.handled(self.post.name, began.elapsed());
                 if let Err(error) = result {
                     self.post.shared.fail(error);
                 }

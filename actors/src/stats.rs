@@ -101,6 +101,10 @@ pub struct Stats {
     pub reasons: [u64; 4],
     /// Clean copies whose slot was taken without a copy.
     pub dropped: u64,
+    /// Chunks that the model found where it needed them.
+    pub hits: u64,
+    /// Chunks that had to be brought first, or were on their way.
+    pub misses: u64,
     /// Prefetched chunks that were used.
     pub prefetch_useful: u64,
     /// Prefetched chunks for which the compute thread still had to wait.
@@ -142,6 +146,8 @@ impl Stats {
             bytes: sub(&self.bytes, &earlier.bytes),
             reasons: sub(&self.reasons, &earlier.reasons),
             dropped: self.dropped - earlier.dropped,
+            hits: self.hits - earlier.hits,
+            misses: self.misses - earlier.misses,
             prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,
             prefetch_late: self.prefetch_late - earlier.prefetch_late,
             prefetch_wasted: self.prefetch_wasted - earlier.prefetch_wasted,

@@ -8,6 +8,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use crate::ages::{Ages, Stay};
 use crate::chunk::{ChunkEvent, ChunkState, Layout, Pass};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
@@ -54,6 +55,8 @@ pub(crate) struct Entry {
     pub write_leased: bool,
     pub last_use: u64,
     pub arrived: u64,
+    /// While it is on the device.
+    pub stay: Option<Stay>,
     /// Brought by prefetch and not used since.
     pub prefetched: bool,
     pub moving: Option<MoveId>,
@@ -167,6 +170,7 @@ pub(crate) struct Table {
     pub now: Moment,
     pub tick: u64,
     pub stats: Stats,
+    pub ages: Ages,
     pub peak: [u32; 3],
     /// Device slots in use at most since the moment began.
     pub moment_peak: u32,
@@ -189,6 +193,7 @@ impl Table {
             write_leased: false,
             last_use: 0,
             arrived: 0,
+            stay: None,
             prefetched: false,
             moving: None,
         });
@@ -204,6 +209,7 @@ impl Table {
             now: Moment(0),
             tick: 0,
             stats: Stats::default(),
+            ages: Ages::default(),
             peak: [0; 3],
             moment_peak: 0,
             compute_waits: false,
@@ -265,11 +271,35 @@ impl Table {
 
     /// Frees the copy of `chunk` in `tier`, which must be valid and unleased.
     pub fn discard(&mut self, chunk: ChunkId, tier: Tier) -> Result<(), RuntimeError> {
+        self.free(chunk, tier, false)
+    }
+
+    /// As [`Table::discard`], for the sake of another chunk.
+    pub fn make_way(&mut self, chunk: ChunkId, tier: Tier) -> Result<(), RuntimeError> {
+        self.free(chunk, tier, true)
+    }
+
+    fn free(&mut self, chunk: ChunkId, tier: Tier, evicted: bool) -> Result<(), RuntimeError> {
         if let Place::Valid(slot) = self.entry(chunk).place[tier.index()] {
             self.slots[tier.index()].free(slot)?;
             self.entry_mut(chunk).place[tier.index()] = Place::Absent;
+            if tier == Tier::Device
+                && let Some(stay) = self.entry_mut(chunk).stay.take()
+            {
+                stay.end(evicted, &mut self.ages);
+            }
         }
         Ok(())
+    }
+
+    /// Counts what an access of the model finds in its tier, and what has to be brought first.
+    pub fn count_access(&mut self, request: &Request) {
+        for &(chunk, _) in &request.chunks {
+            match self.entry(chunk).place[request.tier.index()] {
+                Place::Valid(_) => self.stats.hits += 1,
+                Place::Absent | Place::Filling(_) => self.stats.misses += 1,
+            }
+        }
     }
 
     /// Enters a move. The destination slot is allocated here; room must have been checked.
@@ -336,9 +366,12 @@ impl Table {
         entry.place[done.to.0.index()] = Place::Valid(done.to.1);
         entry.moving = None;
         entry.arrived = tick;
+        if done.to.0 == Tier::Device {
+            entry.stay = Some(Stay::begin());
+        }
         self.apply(done.chunk, ChunkEvent::EndMove)?;
         if let (Some((tier, _)), true) = (done.from, done.drop_source) {
-            self.discard(done.chunk, tier)?;
+            self.free(done.chunk, tier, done.reason == Reason::Evict)?;
         }
         let direction = done.direction() as usize;
         self.stats.moves[direction] += 1;
@@ -418,6 +451,11 @@ impl Table {
             slots.push(slot);
             if was_prefetched && tier == Tier::Device {
                 self.stats.prefetch_useful += 1;
+            }
+            if tier == Tier::Device
+                && let Some(stay) = &mut self.entries[chunk.0 as usize].stay
+            {
+                stay.used(&mut self.ages);
             }
             if access != Access::Read {
                 self.entry_mut(chunk).write_leased = true;

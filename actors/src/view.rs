@@ -4,7 +4,9 @@ use std::sync::{Arc, Weak};
 
 use serde::Serialize;
 
+use crate::ages::Ages;
 use crate::health::ActorStatus;
+use crate::memory::{Event, MemoryError};
 use crate::monitor::MemoryProbe;
 use crate::runtime::Runtime;
 use crate::shared::{EvictionPolicy, Shared};
@@ -61,6 +63,16 @@ impl Runtime {
     /// State of the actors.
     pub fn actors(&self) -> Vec<ActorStatus> {
         self.shared.health.status()
+    }
+
+    /// How long chunks stayed on the device and lay idle there, since the last call.
+    pub fn take_ages(&self) -> Ages {
+        std::mem::take(&mut self.shared.lock().ages)
+    }
+
+    /// The end of what the model has queued so far; `None` where it computes while it is called.
+    pub fn mark(&self) -> Result<Option<Event>, MemoryError> {
+        self.shared.backend.compute_event()
     }
 
     /// The policies in force.

@@ -3,9 +3,13 @@
 from build import graph, row, stat
 
 TITLE = "Memory and chunks"
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "Use of the tiers, moves between them, prefetching, eviction, and the optimizer's two sides."
 RATE = "[$__rate_interval]"
+
+
+def quantile(name):
+    return "histogram_quantile(0.5, sum by (le) (rate(%s_bucket{JOB}%s)))" % (name, RATE)
 
 
 def used(tier):
@@ -64,6 +68,19 @@ PANELS = [
     graph("Prefetches", "useful: there in time. late: compute had to wait for the rest of the copy. wasted: evicted "
           "before it was used; if these grow, lower actors.eviction.prefetch.", "none",
           ("sum by (outcome) (rate(patrickstar_chunk_prefetches_total{JOB}%s))" % RATE, "{{outcome}}"), stack=True, min=0),
+
+    graph("Found in place", "Share of the chunks that the model asked for and found where it needed them; the others had to be "
+          "brought first, or were on their way.", "percentunit",
+          ('sum by (job_id) (rate(patrickstar_chunk_accesses_total{JOB, result="hit"}%s)) / '
+           "sum by (job_id) (rate(patrickstar_chunk_accesses_total{JOB}%s))" % (RATE, RATE), "{{job_id}}"), min=0, max=1),
+    graph("States of chunks", "At the end of a step: hold: with contents, after_forward and after_backward: used by that pass, "
+          "move: between slots, released: used up, free: never had contents.", "none",
+          ("sum by (tier, state) (patrickstar_chunks{JOB})", "{{tier}} {{state}}"), stack=True, min=0),
+    graph("Stays on the device", "Half of the chunks that left the device had been there for less, had been idle for less when "
+          "they were evicted, and were used again after less. Short stays beside long idle times: another policy.", "s",
+          (quantile("patrickstar_chunk_residency_seconds"), "stay"),
+          (quantile("patrickstar_chunk_idle_before_eviction_seconds"), "idle before eviction"),
+          (quantile("patrickstar_chunk_reuse_gap_seconds"), "between uses"), min=0),
 
     row("Waits and updates"),
     graph("What the device waits for", "Share of the steps' time, by cause. copy: more prefetch, or a slower model than "

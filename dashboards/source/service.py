@@ -3,7 +3,7 @@
 from build import graph, row, stat, table
 
 TITLE = "Service and actors"
-VERSION = 3
+VERSION = 4
 DESCRIPTION = "Processes, what they take of the machine, scrapes, and the actors of each job."
 RATE = "[$__rate_interval]"
 
@@ -19,6 +19,8 @@ PANELS = [
     row("Service"),
     graph("Jobs", "Jobs by status. Those queued wait for their device.", "none",
           ("patrickstar_service_jobs{PROCESS}", "{{status}}"), min=0),
+    graph("Jobs that ended", "In the last hour, by outcome.", "none",
+          ("increase(patrickstar_service_jobs_finished_total{PROCESS}[1h])", "{{outcome}}"), min=0),
     graph("Time in the queue", "From a job's creation to its first worker, mean since the service began.", "s",
           ("patrickstar_service_job_queue_wait_seconds_sum{PROCESS} / patrickstar_service_job_queue_wait_seconds_count{PROCESS}",
            "mean"), min=0),
@@ -33,6 +35,10 @@ PANELS = [
     graph("Refused", "Requests without a known token, and those beyond a client's rate.", "none",
           ("increase(patrickstar_service_auth_failures_total{PROCESS}[5m])", "no token"),
           ("increase(patrickstar_service_rate_limited_total{PROCESS}[5m])", "too many"), min=0),
+    graph("Requests being answered", "Where this grows, answers take longer than clients wait before they ask again.", "none",
+          ("patrickstar_service_http_requests_in_flight{PROCESS}", "{{instance}}"), min=0),
+    graph("Log", "Messages by level; what they say is in the process's standard error.", "none",
+          ("sum by (level) (increase(patrickstar_log_messages_total{PROCESS}[5m]))", "{{level}}"), min=0),
     graph("Streams", "Clients that follow the events of a job.", "none",
           ("patrickstar_service_streams{PROCESS}", "{{instance}}"), min=0),
     graph("Workers started again", "Workers that died. Their jobs go on from the last checkpoint.", "none",
@@ -44,8 +50,15 @@ PANELS = [
     row("Actors"),
     graph("Messages handled", "Work of each actor. One that stands still while the others work is stuck.", "none",
           ("sum by (actor) (rate(patrickstar_actor_messages_total{JOB}%s))" % RATE, "{{actor}}"), min=0),
-    graph("Messages that wait", "A mailbox that stays full holds up whoever sends to it.", "none",
-          ("sum by (actor) (patrickstar_actor_mailbox_messages{JOB})", "{{actor}}"), min=0),
+    graph("Full mailboxes", "Messages that wait, as a share of those that a mailbox holds. One that stays full holds up whoever "
+          "sends to it.", "percentunit",
+          ("sum by (actor) (patrickstar_actor_mailbox_messages{JOB}) / (sum by (actor) (patrickstar_actor_mailbox_capacity{JOB}) > 0)",
+           "{{actor}}"), min=0, max=1),
+    graph("Actors at work", "Share of the steps' time in which an actor handled messages.", "percentunit",
+          ("sum by (actor) (rate(patrickstar_actor_handle_duration_seconds_sum{JOB}%s)) / ignoring (actor) group_left "
+           "sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % (RATE, RATE), "{{actor}}"), min=0),
+    graph("Last message", "Time since an actor handled one. An actor that has none to handle waits too: compare with the others.",
+          "s", ("time() - max by (actor) (patrickstar_actor_last_progress_timestamp_seconds{JOB})", "{{actor}}"), min=0),
     graph("Restarts", "Actors restored after a panic. Five in a row without progress end the training.", "none",
           ("sum by (job_id, actor) (increase(patrickstar_actor_restarts_total{JOB}[5m]))", "{{job_id}} {{actor}}"), min=0),
 

@@ -3,12 +3,12 @@
 from build import graph, heat, number, row, stat
 
 TITLE = "Training run"
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "Curves of a run, its speed, and what its steps spend their time on."
 VARIABLES = [number("peak_flops", "Peak FLOP/s", "989e12")]
 RATE = "[$__rate_interval]"
 STEP_TIME = "sum by (job_id) (rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % RATE
-FLOPS = "sum by (job_id) (rate(patrickstar_train_steps_total{JOB}%s)) * on (job_id) max by (job_id) (patrickstar_model_step_flops{JOB})" % RATE
+FLOPS = "sum by (job_id) (rate(patrickstar_train_flops_total{JOB}%s))" % RATE
 
 
 def quantile(share):
@@ -18,8 +18,9 @@ def quantile(share):
 PANELS = [
     stat("Step", "Steps done, those before a restart included.", "none", "patrickstar_train_step{JOB}", width=4),
     stat("Planned", "Steps to train in all.", "none", "patrickstar_train_planned_steps{JOB}", width=4),
-    stat("Time left", "Steps that are left at the pace of the last minutes.", "s",
-         "(patrickstar_train_planned_steps{JOB} - patrickstar_train_step{JOB}) / rate(patrickstar_train_steps_total{JOB}%s)" % RATE, width=4),
+    stat("Time left", "Until all steps are done, at the pace of the latest ones.", "s",
+         "patrickstar_job_estimated_finish_timestamp_seconds{JOB} - time()", width=4),
+    stat("Progress", "Steps done of those planned.", "percentunit", "patrickstar_job_progress_ratio{JOB}", width=4),
     stat("Loss", "Mean loss of the last step.", "none", "patrickstar_train_loss{JOB}", width=4, decimals=4),
     stat("Parameters", "Parameters of the model.", "short", "patrickstar_model_parameters{JOB}", width=4),
     stat("Last step", "Time since the last step ended. If it grows beyond a few steps' time, the run hangs.", "s",
@@ -42,11 +43,15 @@ PANELS = [
           ("sum by (job_id) (rate(patrickstar_train_tokens_total{JOB}%s))" % RATE, "{{job_id}}"), min=0),
     graph("Time of a step", "Half of the steps, and all but one in a hundred, are faster.", "s",
           (quantile(0.5), "{{job_id}} median"), (quantile(0.99), "{{job_id}} 99 %"), min=0),
+    graph("Phases of a step", "Mean time of each. `backward` includes recompute, `optimizer` is what no pass hides; on a GPU the "
+          "passes are timed there, waits for copies included.", "s",
+          ("sum by (phase) (rate(patrickstar_train_phase_duration_seconds_sum{JOB}%s)) / ignoring (phase) group_left "
+           "sum(rate(patrickstar_train_step_duration_seconds_count{JOB}%s))" % (RATE, RATE), "{{phase}}"), stack=True, min=0),
     graph("Where the time goes", "Shares of the steps' time: reading data, and the device's waits by cause. The rest is "
           "compute. `queue` is time in which the compute thread had not queued the next block.", "percentunit",
           ("sum by (cause) (rate(patrickstar_stall_duration_seconds_sum{JOB}%s)) / ignoring (cause) group_left "
            "sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % (RATE, RATE), "waits: {{cause}}"),
-          ("sum(rate(patrickstar_train_data_duration_seconds_sum{JOB}%s)) / sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))"
+          ("sum(rate(patrickstar_train_phase_duration_seconds_sum{JOB, phase=\"data\"}%s)) / sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))"
            % (RATE, RATE), "data"), stack=True, min=0, max=1),
     heat("Steps by time", "How many steps took how long: two bands are two kinds of steps.", "s",
          "sum by (le) (increase(patrickstar_train_step_duration_seconds_bucket{JOB}%s))" % RATE),
@@ -58,6 +63,8 @@ PANELS = [
     graph("Time since the newest checkpoint", "What a kill would cost. Before the first, time since the start.", "s",
           ("time() - (patrickstar_checkpoint_last_success_timestamp_seconds{JOB} or patrickstar_job_start_timestamp_seconds{JOB})",
            "{{job_id}}"), min=0),
+    graph("Bytes of checkpoints", "What was written and is safe on disk, per second.", "Bps",
+          ("rate(patrickstar_checkpoint_written_bytes_total{JOB}[1h])", "{{job_id}}"), min=0),
     graph("Time of a checkpoint", "Mean time from its beginning to the step that found it on disk. Training goes on meanwhile.", "s",
           ("rate(patrickstar_checkpoint_duration_seconds_sum{JOB}[1h]) / rate(patrickstar_checkpoint_duration_seconds_count{JOB}[1h])",
            "{{job_id}}"), min=0),

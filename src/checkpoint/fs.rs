@@ -62,3 +62,9 @@ impl FileSystem for RealFs {
         fs::remove_dir_all(path)
     }
 }
+
+/// What a checkpoint takes on disk; 0 if it was removed meanwhile.
+pub fn bytes_on_disk(checkpoint: &Path) -> u64 {
+    let files = std::fs::read_dir(checkpoint).into_iter().flatten().flatten();
+    files.filter_map(|file| file.metadata().ok()).map(|file| file.len()).sum()
+}

@@ -17,7 +17,7 @@ use patrickstar_actors::types::{Precision, Step};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use fs::{FileSystem, RealFs, WriteFile};
+pub use fs::{FileSystem, RealFs, WriteFile, bytes_on_disk};
 pub use reader::{Checkpoint, latest, open};
 pub use retention::prune;
 pub use writer::{CheckpointWriter, Entry};

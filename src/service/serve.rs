@@ -16,7 +16,7 @@ use super::live::Live;
 use super::notify;
 use super::samplers::Samplers;
 use super::settings::Settings;
-use super::store::{FileId, StoreHandle};
+use super::store::{FileId, Status, StoreHandle};
 use super::supervisor::Supervisor;
 use crate::telemetry::metrics::{self, Counter, Gauge};
 
@@ -65,7 +65,12 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     for counter in [Counter::AuthFailures, Counter::RateLimited, Counter::WorkerRestarts] {
         registry.counter(counter, &[]).increment(0);
     }
-    registry.gauge(Gauge::OpenStreams, &[]).set(0.0);
+    for outcome in [Status::Succeeded, Status::Failed, Status::Cancelled] {
+        registry.counter(Counter::JobsFinished, &[outcome.name()]).increment(0);
+    }
+    for gauge in [Gauge::OpenStreams, Gauge::HttpInFlight] {
+        registry.gauge(gauge, &[]).set(0.0);
+    }
     let (mut signals, hangup) = (Signals::new()?, listen(SignalKind::hangup())?);
     let store = StoreHandle::open(&settings.data.join("store.sqlite"))?;
     remove_strays(&settings.files(), &store).await?;

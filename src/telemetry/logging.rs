@@ -2,9 +2,11 @@
 
 use std::sync::OnceLock;
 
-use tracing_subscriber::layer::{Layer, SubscriberExt};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt};
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Registry, fmt, registry, reload};
+
+use super::metrics::{Counter, count_with};
 
 struct Logging {
     /// As the program was started.
@@ -14,6 +16,25 @@ struct Logging {
 
 static LOGGING: OnceLock<Logging> = OnceLock::new();
 
+/// Counts what is logged, as the rule "for every line of logging also a counter" wants it.
+struct CountMessages;
+
+impl<S: tracing::Subscriber> Layer<S> for CountMessages {
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        count_with(Counter::LogMessages, &[level_name(*event.metadata().level())]);
+    }
+}
+
+fn level_name(level: tracing::Level) -> &'static str {
+    match level {
+        tracing::Level::ERROR => "error",
+        tracing::Level::WARN => "warn",
+        tracing::Level::INFO => "info",
+        tracing::Level::DEBUG => "debug",
+        tracing::Level::TRACE => "trace",
+    }
+}
+
 /// Sends messages of `level` (or what a filter lets through) to stderr, as text or as JSON lines. An embedding program may
 /// have set a subscriber already; the first one stays.
 pub fn init(level: &str, as_json: bool) -> Result<(), String> {
@@ -21,7 +42,7 @@ pub fn init(level: &str, as_json: bool) -> Result<(), String> {
     let (filter, handle) = reload::Layer::new(filter);
     let lines = fmt::layer().with_writer(std::io::stderr);
     let lines = if as_json { lines.json().boxed() } else { lines.boxed() };
-    if registry().with(filter).with(lines).try_init().is_ok() {
+    if registry().with(filter).with(lines).with(CountMessages).try_init().is_ok() {
         // Only the first subscriber is installed, so nobody was here before.
         let _ = LOGGING.set(Logging { base: level.to_owned(), handle });
     }

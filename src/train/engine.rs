@@ -15,6 +15,7 @@ use serde::Serialize;
 use super::device::Device;
 use super::loss_scale::LossScale;
 use super::lr::learning_rate;
+use super::phases::{Mark, Phases};
 use super::program::Program;
 use super::stash::Stash;
 use super::states;
@@ -55,6 +56,8 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// Processor time of the compute thread: on a GPU what it takes to queue the work.
     pub host: Duration,
+    /// What the step consisted of.
+    pub phases: Phases,
     /// Times, moves, stalls, memory.
     #[serde(flatten)]
     pub stats: StepStats,
@@ -177,7 +180,7 @@ impl Engine {
         alloc::track_this_thread(true);
         let outcome = self.run_step(batch, step, learning_rate);
         alloc::track_this_thread(false);
-        let (loss, host, stats) = outcome?;
+        let (loss, host, [forward, backward], stats) = outcome?;
         self.step = step;
         let Some(loss_scale) = self.loss_scale.after(self.precision(), stats.overflow) else {
             return Err(Error::Failed(format!(
@@ -186,24 +189,35 @@ impl Engine {
             )));
         };
         self.loss_scale = loss_scale;
-        let report = StepReport { loss, learning_rate, host, stats };
+        let optimizer = stats.elapsed.saturating_sub(forward + backward);
+        let report = StepReport { loss, learning_rate, host, phases: Phases { forward, backward, optimizer }, stats };
         for hook in &mut self.hooks {
             hook(&report);
         }
         Ok(report)
     }
 
-    fn run_step(&mut self, batch: &Batch, step: Step, lr: f64) -> Result<(f64, Duration, StepStats), Error> {
+    /// Loss, host work, the times of both passes, and what the runtime says.
+    fn run_step(
+        &mut self,
+        batch: &Batch,
+        step: Step,
+        lr: f64,
+    ) -> Result<(f64, Duration, [Duration; 2], StepStats), Error> {
         let began = thread_time();
         let update = Step(self.loss_scale.updates.0 + 1);
         self.runtime.begin_step(StepStart { step, update, lr, loss_scale: self.loss_scale.scale })?;
+        let start = Mark::now(&self.runtime)?;
         let inputs = self.forward(batch, step)?;
+        let middle = Mark::now(&self.runtime)?;
         let losses = self.backward(batch, step, inputs)?;
+        let end = Mark::now(&self.runtime)?;
         let host = thread_time().saturating_sub(began);
         // Read last: reading waits for the device.
         self.compute.sleep_until_done()?;
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
-        Ok((loss, host, self.runtime.end_step()?))
+        let passes = [middle.since(&start)?, end.since(&middle)?];
+        Ok((loss, host, passes, self.runtime.end_step()?))
     }
 
     /// Runs the blocks on `input` without training; the last block gives its prediction.

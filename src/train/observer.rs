@@ -1,6 +1,7 @@
 //! What a running session tells whoever started it, and when it asks.
 
 use std::path::Path;
+use std::time::Duration;
 
 use patrickstar_actors::types::{Bytes, Step};
 
@@ -36,4 +37,6 @@ pub struct Progress {
     pub device_budget: Bytes,
     /// Host memory in use by chunks.
     pub host_used: Bytes,
+    /// Until all steps are done, at the pace of the latest ones; unknown after the first.
+    pub time_left: Option<Duration>,
 }

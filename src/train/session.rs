@@ -13,6 +13,7 @@ use super::drill::Drill;
 use super::engine::{Engine, StepReport};
 use super::model::{build, to_batch};
 pub use super::observer::{Observer, Progress};
+use super::pace::{Pace, WholeStep};
 use super::sample::{Sampling, generate};
 use super::save::Saving;
 use crate::checkpoint::{self, Checkpoint, CheckpointMeta};
@@ -94,6 +95,7 @@ struct RunTotals {
     timed_seconds: f64,
     timed_stall: f64,
     steps: u64,
+    pace: Pace,
 }
 
 impl Session {
@@ -209,8 +211,10 @@ impl Session {
         let tokens = self.batches.next_batch();
         let batch = to_batch(&tokens, self.config.train.micro_batches)?;
         let report = self.engine.step(&batch)?;
+        let time_left = self.run.pace.after(began.elapsed()).map(|each| each.mul_f64((left - 1) as f64));
+        let whole = WholeStep { tokens: tokens.input.len() as u64, time: began.elapsed(), time_left };
         if let Some(metrics) = &mut self.metrics {
-            metrics.step(&self.engine, &report, tokens.input.len() as u64, began.elapsed());
+            metrics.step(&self.engine, &report, &whole);
         }
         if !report.loss.is_finite() {
             return Err(Error::Failed(format!(
@@ -225,17 +229,17 @@ impl Session {
                 self.engine.loss_scale().scale
             ));
         }
-        self.note(&report, began.elapsed().as_secs_f64(), tokens.input.len() as u64, observer)?;
+        self.note(&report, &whole, observer)?;
         self.reap_saving(observer)
     }
 
     fn note(
         &mut self,
         report: &StepReport,
-        seconds: f64,
-        tokens: u64,
+        &WholeStep { tokens, time, time_left }: &WholeStep,
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
+        let seconds = time.as_secs_f64();
         let tokens_per_second = tokens as f64 / seconds;
         let device = report.stats.device;
         // The first step records the trace and moves chunks on demand: not what the run is like.
@@ -257,6 +261,7 @@ impl Session {
             device_used: Bytes(device.used.0 + report.stats.non_model_peak.0),
             device_budget: self.config.memory.device,
             host_used: report.stats.host.used,
+            time_left,
         };
         self.write_scalars(report, &progress)?;
         observer.step(report, &progress);
@@ -310,7 +315,7 @@ impl Session {
         if let Some(saving) = self.saving.take() {
             let path = saving.finish()?;
             if let Some(metrics) = &mut self.metrics {
-                metrics.checkpoint_done();
+                metrics.checkpoint_done(checkpoint::bytes_on_disk(&path));
             }
             // Only one is under way at a time, and `saved` is its step.
             if let Some(step) = self.saved {

@@ -158,7 +158,8 @@ fn check_filters(place: &str, expression: &str) {
     let by_process = "{job=~\"$job\", instance=~\"$instance\"";
     for (name, after) in names(expression) {
         assert!(after.starts_with(by_process), "{place}: {name} shows jobs that were not chosen");
-        let of_service = name.starts_with("patrickstar_service_") || name == Gauge::BuildInfo.family().name;
+        let of_process = [Gauge::BuildInfo.family().name, Counter::LogMessages.family().name].contains(&name);
+        let of_service = name.starts_with("patrickstar_service_") || of_process;
         let per_job = name.starts_with("patrickstar_") && !of_service;
         assert!(!per_job || after[by_process.len()..].starts_with(", job_id=~\"$job_id\""), "{place}: {name}");
     }

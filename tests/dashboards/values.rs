@@ -1,12 +1,13 @@
 //! What is published is what the engine did.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use patrickstar::config::{Config, Size};
 use patrickstar::data::{TokenBatch, Tokenizer};
 use patrickstar::telemetry::metrics::{Counter, Gauge, Histogram, Registry, TrainingMetrics};
 use patrickstar::train::model::{build, to_batch};
+use patrickstar::train::pace::WholeStep;
 use patrickstar::{Batch, Engine};
 use patrickstar_actors::stats::{Direction, Stats};
 use patrickstar_actors::types::Tier;
@@ -35,6 +36,8 @@ fn batch() -> Batch {
 struct Counted {
     before: Stats,
     after: Stats,
+    /// The time of all steps.
+    whole: Duration,
 }
 
 impl Counted {
@@ -52,17 +55,20 @@ fn train(registry: &Arc<Registry>) -> (Engine, Counted, Duration) {
     let mut metrics = TrainingMetrics::new(Arc::clone(registry), &engine);
     let mut quickest = Duration::MAX;
     let mut before = Stats::default();
+    let mut whole = Duration::ZERO;
     for _ in 0..STEPS {
         let report = engine.step(&batch()).unwrap();
         before = engine.runtime().stats();
         let start = Instant::now();
-        metrics.step(&engine, &report, 128, Duration::from_millis(10));
+        let time = report.stats.elapsed + Duration::from_millis(10);
+        metrics.step(&engine, &report, &WholeStep { tokens: 128, time, time_left: Some(Duration::from_secs(60)) });
+        whole += time;
         quickest = quickest.min(start.elapsed());
     }
     metrics.checkpoint_begun();
-    metrics.checkpoint_done();
+    metrics.checkpoint_done(4096);
     let after = engine.runtime().stats();
-    (engine, Counted { before, after }, quickest)
+    (engine, Counted { before, after, whole }, quickest)
 }
 
 /// The value of a series: its name, and its labels as the exporter writes them.
@@ -96,12 +102,43 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
     counted.assert_published(counter(Counter::AdamParameters, "side=\"host\""), |stats| stats.stepped_on_host as f64);
 
     let steps = format!("{}_sum", Histogram::StepDuration.family().name);
-    assert!((value(&text, &steps, "") - 0.01 * STEPS as f64).abs() < 1e-9);
+    assert!((value(&text, &steps, "") - counted.whole.as_secs_f64()).abs() < 1e-9);
+    let phases = format!("{}_sum", Histogram::PhaseDuration.family().name);
+    let phase = |phase: &str| value(&text, &phases, &format!("phase=\"{phase}\""));
+    assert!(["forward", "backward"].iter().all(|&name| phase(name) > 0.0));
+    assert!((phase("data") - 0.01 * STEPS as f64).abs() < 1e-9);
+    let all: f64 = ["data", "forward", "backward", "optimizer"].into_iter().map(phase).sum();
+    assert!((all - counted.whole.as_secs_f64()).abs() < 1e-6, "{all} of {:?}", counted.whole);
     let copies = format!("{}_sum", Histogram::CopyDuration.family().name);
     // Sums of differences round.
     let copied = value(&text, &copies, ends);
     assert!(copied >= counted.before.busy[down].as_secs_f64() - 1e-9);
     assert!(copied <= counted.after.busy[down].as_secs_f64() + 1e-9);
+
+    let accesses = |result: &str| counter(Counter::ChunkAccesses, &format!("result=\"{result}\""));
+    // Each block asks for its chunks in both passes.
+    let asked = counted.after.hits + counted.after.misses;
+    assert!(accesses("miss") > 0.0 && accesses("hit") + accesses("miss") == asked as f64, "{asked}");
+    let chunks = Gauge::Chunks.family().name;
+    let counts = text.lines().filter(|line| line.starts_with(&format!("{chunks}{{"))).map(|line| {
+        let (_, count) = line.rsplit_once(' ').unwrap();
+        count.parse::<f64>().unwrap()
+    });
+    assert_eq!(counts.sum::<f64>(), engine.runtime().layout().chunk_count() as f64);
+    let samples = |histogram: Histogram| value(&text, &format!("{}_count", histogram.family().name), "");
+    assert!(samples(Histogram::ChunkResidency) >= samples(Histogram::ChunkIdle) && samples(Histogram::ChunkIdle) > 0.0);
+    assert!(samples(Histogram::ChunkReuseGap) > 0.0);
+    let flops = engine.plan().flops.unwrap().floor();
+    assert_eq!(counter(Counter::TrainFlops, ""), flops * STEPS as f64);
+    assert_eq!(counter(Counter::CheckpointBytes, ""), 4096.0);
+    assert_eq!(gauge(Gauge::JobProgress, ""), STEPS as f64 / engine.config().train.steps as f64);
+    let left =
+        gauge(Gauge::JobEstimatedFinish, "") - SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((30.0..=60.0).contains(&left), "{left} s are left");
+    assert!(gauge(Gauge::ActorMailboxCapacity, "actor=\"reduction\"") > 0.0);
+    assert!(gauge(Gauge::ActorLastProgress, "actor=\"reduction\"") >= gauge(Gauge::JobStart, ""));
+    let busy = format!("{}_sum", Histogram::ActorHandleDuration.family().name);
+    assert!(value(&text, &busy, "actor=\"reduction\"") > 0.0);
 
     let runtime = engine.runtime();
     let peak = gauge(Gauge::MemoryPeak, "tier=\"device\"");

@@ -23,7 +23,10 @@ pub(super) async fn measure<B: MessageBody>(
     let pattern = request.match_pattern();
     let route = ROUTES.iter().find(|route| Some(route.path) == pattern.as_deref() && route.method == request.method());
     let (path, method) = route.map_or(("other", "other"), |route| (route.path, route.method.as_str()));
-    let answer = next.call(request).await;
+    let answer = {
+        let _in_flight = Counted::new(Gauge::HttpInFlight);
+        next.call(request).await
+    };
     let status = match &answer {
         Ok(response) => response.status(),
         Err(error) => error.as_response_error().status_code(),
@@ -54,22 +57,22 @@ pub(super) async fn metrics(state: web::Data<State>) -> Result<HttpResponse, Ser
     Ok(HttpResponse::Ok().content_type("text/plain; version=0.0.4; charset=utf-8").body(merge(&texts)))
 }
 
-/// An open stream, counted as long as it lives.
-pub(super) struct OpenStream;
+/// Something that is counted as long as it lives, however it ends.
+pub(super) struct Counted(Gauge);
 
-impl OpenStream {
-    pub fn new() -> Self {
+impl Counted {
+    pub fn new(gauge: Gauge) -> Self {
         if let Some(registry) = installed() {
-            registry.gauge(Gauge::OpenStreams, &[]).increment(1.0);
+            registry.gauge(gauge, &[]).increment(1.0);
         }
-        OpenStream
+        Counted(gauge)
     }
 }
 
-impl Drop for OpenStream {
+impl Drop for Counted {
     fn drop(&mut self) {
         if let Some(registry) = installed() {
-            registry.gauge(Gauge::OpenStreams, &[]).decrement(1.0);
+            registry.gauge(self.0, &[]).decrement(1.0);
         }
     }
 }

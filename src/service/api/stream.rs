@@ -12,11 +12,12 @@ use futures_util::stream::unfold;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use super::measure::OpenStream;
+use super::measure::Counted;
 use super::view::{Event, Job};
 use super::{State, jobs};
 use crate::service::error::ServiceError;
 use crate::service::store::{EventRow, JobId, Seq, Store, StoreHandle};
+use crate::telemetry::metrics::Gauge;
 
 /// Events that are sent together.
 const TOGETHER: usize = 200;
@@ -50,7 +51,7 @@ pub(super) async fn stream(
         job: job.id,
         last,
         ended: false,
-        _open: OpenStream::new(),
+        _open: Counted::new(Gauge::OpenStreams),
     };
     Ok(HttpResponse::Ok()
         .content_type("text/event-stream")
@@ -67,7 +68,7 @@ struct Follower {
     last: Seq,
     ended: bool,
     /// Counted as long as it lasts.
-    _open: OpenStream,
+    _open: Counted,
 }
 
 async fn next(mut follower: Follower) -> Option<(Result<Bytes, ServiceError>, Follower)> {

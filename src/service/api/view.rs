@@ -153,7 +153,8 @@ impl From<&JobRow> for Job {
             user_provided_suffix: job.suffix.clone(),
             metadata: job.metadata.clone(),
             integrations: Vec::new(),
-            estimated_finish: None,
+            // A job that does not run has no pace.
+            estimated_finish: job.estimated_finish.filter(|_| job.status == Status::Running),
             error,
             patrickstar: JobProgress {
                 step: job.step,

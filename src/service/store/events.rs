@@ -104,13 +104,24 @@ pub struct EventRow {
     pub data: Value,
 }
 
+/// How far a job is.
+#[derive(Clone, Copy, Debug)]
+pub struct StepsDone {
+    /// The newest step.
+    pub step: u64,
+    /// Tokens trained up to it.
+    pub tokens: u64,
+    /// When all steps will be done, as far as is known.
+    pub estimated_finish: Option<UnixTime>,
+}
+
 /// What a worker reported, to be stored together.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     /// In order.
     pub events: Vec<NewEvent>,
-    /// The newest step, and the tokens trained up to it.
-    pub progress: Option<(u64, u64)>,
+    /// How far it is.
+    pub progress: Option<StepsDone>,
     /// Checkpoints that are safe on disk: step, directory, loss of that step.
     pub checkpoints: Vec<(u64, String, Option<f64>)>,
 }
@@ -159,11 +170,12 @@ impl Store {
             for event in &report.events {
                 insert(transaction, job, event)?;
             }
-            if let Some((step, tokens)) = report.progress {
+            if let Some(StepsDone { step, tokens, estimated_finish }) = report.progress {
                 // After a restart the first steps are repeated; progress that was seen is not taken back.
                 transaction.execute(
-                    "UPDATE jobs SET step = max(step, ?2), trained_tokens = max(trained_tokens, ?3) WHERE id = ?1",
-                    (job, step as i64, tokens as i64),
+                    "UPDATE jobs SET step = max(step, ?2), trained_tokens = max(trained_tokens, ?3), \
+                     estimated_finish = ?4 WHERE id = ?1",
+                    (job, step as i64, tokens as i64, estimated_finish),
                 )?;
             }
             for (step, directory, loss) in &report.checkpoints {

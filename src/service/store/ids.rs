@@ -114,6 +114,11 @@ impl UnixTime {
         // A clock before 1970 is wrong anyway.
         UnixTime(since.map_or(0, |since| since.as_secs() as i64))
     }
+
+    /// So many seconds later.
+    pub fn after(self, seconds: f64) -> Self {
+        UnixTime(self.0.saturating_add(seconds.round() as i64))
+    }
 }
 
 impl ToSql for UnixTime {

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
 use super::{FileId, JobId, NewEvent, Page, Seq, Store, StoreError, UnixTime, cursor, events, json};
+use crate::telemetry::metrics::{Counter, count_with};
 
 /// Where a job is in its life. It is what the job should be doing: a worker may still be winding down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
@@ -154,6 +155,8 @@ pub struct JobRow {
     /// Steps done.
     pub step: u64,
     pub trained_tokens: u64,
+    /// When all steps will be done, as its worker estimated last.
+    pub estimated_finish: Option<UnixTime>,
     /// Times its worker died since it last saved a checkpoint.
     pub restarts: u32,
     pub failure: Option<Failure>,
@@ -203,6 +206,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<JobRow> {
         priority: row.get("priority")?,
         step: row.get::<_, i64>("step")? as u64,
         trained_tokens: row.get::<_, i64>("trained_tokens")? as u64,
+        estimated_finish: row.get("estimated_finish")?,
         restarts: row.get("restarts")?,
         failure: code.zip(message).map(|(code, message)| Failure { code, message }),
         fine_tuned_model: row.get("fine_tuned_model")?,
@@ -278,13 +282,17 @@ impl Store {
 
     /// Moves a job to another status and tells its events, if [`Status::may_become`] allows it; `None` if not.
     pub fn change_status(&mut self, id: &JobId, next: Status, event: &NewEvent) -> Result<Option<JobRow>, StoreError> {
-        self.transaction(|transaction| {
+        let changed = self.transaction(|transaction| {
             let Some(job) = find(transaction, id)?.filter(|job| job.status.may_become(next)) else { return Ok(None) };
             let finished = next.is_final().then(UnixTime::now).or(job.finished_at);
             transaction.execute("UPDATE jobs SET status = ?2, finished_at = ?3 WHERE id = ?1", (id, next, finished))?;
             events::insert(transaction, id, event)?;
             find(transaction, id)
-        })
+        })?;
+        if changed.is_some() && next.is_final() {
+            count_with(Counter::JobsFinished, &[next.name()]);
+        }
+        Ok(changed)
     }
 
     /// Lets a paused job go on: to the queue, or to have its file read if that never happened. `None` if it is not paused.
@@ -301,7 +309,7 @@ impl Store {
 
     /// Ends a job with a reason; false if it has ended already.
     pub fn fail_job(&mut self, id: &JobId, failure: &Failure) -> Result<bool, StoreError> {
-        self.transaction(|transaction| {
+        let failed = self.transaction(|transaction| {
             let Some(_) = find(transaction, id)?.filter(|job| !job.status.is_final()) else { return Ok(false) };
             transaction.execute(
                 "UPDATE jobs SET status = ?2, finished_at = ?3, error_code = ?4, error_message = ?5 WHERE id = ?1",
@@ -309,12 +317,16 @@ impl Store {
             )?;
             events::insert(transaction, id, &NewEvent::error(failure.message.clone()))?;
             Ok(true)
-        })
+        })?;
+        if failed {
+            count_with(Counter::JobsFinished, &[Status::Failed.name()]);
+        }
+        Ok(failed)
     }
 
     /// Ends a job well, with the trained model's name and the file of its metrics.
     pub fn finish_job(&mut self, id: &JobId, model: &str, result: Option<&FileId>) -> Result<bool, StoreError> {
-        self.transaction(|transaction| {
+        let finished = self.transaction(|transaction| {
             let done = find(transaction, id)?.filter(|job| job.status.may_become(Status::Succeeded));
             let Some(_) = done else { return Ok(false) };
             transaction.execute(
@@ -324,7 +336,11 @@ impl Store {
             events::insert(transaction, id, &NewEvent::info(format!("New fine-tuned model created: {model}")))?;
             events::insert(transaction, id, &NewEvent::info("The job has successfully completed".to_owned()))?;
             Ok(true)
-        })
+        })?;
+        if finished {
+            count_with(Counter::JobsFinished, &[Status::Succeeded.name()]);
+        }
+        Ok(finished)
     }
 
     /// Puts a validated job in the queue with its final configuration; false if it was paused or cancelled meanwhile.

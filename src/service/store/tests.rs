@@ -38,7 +38,7 @@ fn what_was_answered_is_there_after_a_crash() {
     let job = queued(&mut store, &file, 0);
     let report = Report {
         events: vec![NewEvent::metrics(1, "Step 1".into(), json!({ "train_loss": 0.1f64 + 0.2 }))],
-        progress: Some((1, 64)),
+        progress: Some(StepsDone { step: 1, tokens: 64, estimated_finish: Some(UnixTime(99)) }),
         checkpoints: vec![(1, "somewhere".into(), Some(1.5))],
     };
     store.store_report(&job, &report).unwrap();
@@ -69,7 +69,7 @@ fn a_step_that_is_repeated_is_stored_once() {
     let before = store.events(&job, None, 100).unwrap().rows.len();
     for steps in [1..=4, 3..=6] {
         let events = steps.clone().map(|step| NewEvent::metrics(step, format!("Step {step}"), json!({}))).collect();
-        let progress = Some((*steps.end() - 1, 0));
+        let progress = Some(StepsDone { step: *steps.end() - 1, tokens: 0, estimated_finish: None });
         store.store_report(&job, &Report { events, progress, checkpoints: vec![(4, "d".into(), None)] }).unwrap();
     }
     let steps: Vec<_> =

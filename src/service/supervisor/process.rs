@@ -13,7 +13,7 @@ use super::link::Link;
 use crate::config::Config;
 use crate::service::child;
 use crate::service::error::ServiceError;
-use crate::service::store::{JobId, NewEvent, Report, StoreHandle};
+use crate::service::store::{JobId, NewEvent, Report, StepsDone, StoreHandle, UnixTime};
 use crate::service::worker::protocol::{FromWorker, StepMetrics, ToWorker};
 
 /// How long a worker may take to leave when it was told to leave at once, or has said its last word.
@@ -144,8 +144,8 @@ impl Worker {
             let (job, stored) = (self.job.clone(), report.clone());
             match self.store.write(move |store| store.store_report(&job, &stored)).await {
                 Ok(()) => {
-                    if let Some((step, _)) = report.progress {
-                        self.link.tell(ToWorker::Stored { step });
+                    if let Some(done) = report.progress {
+                        self.link.tell(ToWorker::Stored { step: done.step });
                     }
                     return;
                 }
@@ -166,7 +166,11 @@ fn report(messages: &[FromWorker], log_every: u64) -> Report {
                 report.events.push(NewEvent::info(format!("Training {parameters} parameters {from}: {plan}")));
             }
             FromWorker::Step(metrics) => {
-                report.progress = Some((metrics.step, metrics.trained_tokens));
+                report.progress = Some(StepsDone {
+                    step: metrics.step,
+                    tokens: metrics.trained_tokens,
+                    estimated_finish: metrics.seconds_left.map(|left| UnixTime::now().after(left)),
+                });
                 let shown = metrics.step == 1 || metrics.step == metrics.total_steps;
                 if shown || metrics.step.is_multiple_of(log_every) {
                     report.events.push(step_event(metrics));

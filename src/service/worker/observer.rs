@@ -93,6 +93,7 @@ impl Observer for Reporter {
             device_bytes: progress.device_used.0,
             host_bytes: progress.host_used.0,
             chunk_moves: report.stats.stats.chunk_moves(),
+            seconds_left: progress.time_left.map(|time| time.as_secs_f64()),
         }));
     }
 

@@ -177,4 +177,6 @@ pub struct StepMetrics {
     pub host_bytes: u64,
     /// Chunks that moved between tiers since the start.
     pub chunk_moves: u64,
+    /// Seconds until all steps are done.
+    pub seconds_left: Option<f64>,
 }

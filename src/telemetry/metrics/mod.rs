@@ -20,5 +20,5 @@ mod upkeep;
 
 pub use merge::merge;
 pub use names::{Counter, Gauge, Histogram};
-pub use registry::{Registry, count, install, installed, render};
+pub use registry::{Registry, count, count_with, install, installed, render};
 pub use training::TrainingMetrics;

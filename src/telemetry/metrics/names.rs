@@ -85,6 +85,8 @@ families! {
             "Steps done by this process.";
         TrainTokens = "patrickstar_train_tokens_total", Count, [],
             "Tokens trained on by this process.";
+        TrainFlops = "patrickstar_train_flops_total", Flops, [],
+            "Operations that the model needed for the steps done by this process, recompute not counted; absent for models of the user's own.";
         OverflowSteps = "patrickstar_train_overflow_steps_total", Count, [],
             "Steps that updated nothing, because gradients of the scaled loss overflowed fp16.";
         NonFiniteSteps = "patrickstar_train_nonfinite_steps_total", Count, [],
@@ -99,6 +101,8 @@ families! {
             "Chunks copied or filled with zeros, by why: demand (somebody waits), prefetch, evict, offload.";
         ChunkEvictions = "patrickstar_chunk_evictions_total", Count, ["policy", "outcome"],
             "Chunks that lost their slot, by policy: copied away, or dropped because a valid copy lies elsewhere.";
+        ChunkAccesses = "patrickstar_chunk_accesses_total", Count, ["result"],
+            "Chunks that the model asked for: hit (in place), miss (had to be brought first, or was on its way).";
         ChunkPrefetches = "patrickstar_chunk_prefetches_total", Count, ["outcome"],
             "Prefetched chunks: useful (there in time), late (compute had to wait), wasted (evicted before use).";
         AdamParameters = "patrickstar_adam_parameters_total", Count, ["side"],
@@ -109,6 +113,12 @@ families! {
             "Times that an actor was restored after a panic.";
         Checkpoints = "patrickstar_checkpoints_total", Count, [],
             "Checkpoints that are safe on disk, written by this process.";
+        CheckpointBytes = "patrickstar_checkpoint_written_bytes_total", Bytes, [],
+            "Bytes of checkpoints that are safe on disk, written by this process.";
+        LogMessages = "patrickstar_log_messages_total", Count, ["level"],
+            "Messages logged by this process.";
+        JobsFinished = "patrickstar_service_jobs_finished_total", Count, ["outcome"],
+            "Jobs that ended: succeeded, failed or cancelled.";
         AuthFailures = "patrickstar_service_auth_failures_total", Count, [],
             "Requests without a token that is known, where one is needed.";
         RateLimited = "patrickstar_service_rate_limited_total", Count, [],
@@ -131,6 +141,10 @@ families! {
             "When this process began to train the job.";
         JobLastStep = "patrickstar_job_last_step_timestamp_seconds", Timestamp, [],
             "When the last step ended.";
+        JobProgress = "patrickstar_job_progress_ratio", Ratio, [],
+            "Steps done of those planned.";
+        JobEstimatedFinish = "patrickstar_job_estimated_finish_timestamp_seconds", Timestamp, [],
+            "When the job will have done its steps, if they go on taking as long as the latest ones; absent before the second.";
         TrainStep = "patrickstar_train_step", Count, [],
             "Steps done by the job, those before a restart included.";
         TrainPlannedSteps = "patrickstar_train_planned_steps", Count, [],
@@ -159,6 +173,8 @@ families! {
             "Bytes of chunks in a tier at the end of the last step, by what they hold.";
         MemoryPeak = "patrickstar_memory_peak_bytes", Bytes, ["tier"],
             "Most bytes of chunks that a tier has held.";
+        Chunks = "patrickstar_chunks", Count, ["tier", "kind", "state"],
+            "Chunks by the nearest tier that holds them (none: without contents, or on their first way), by what they hold, and by state at the end of the last step.";
         ChunkBytes = CHUNK_BYTES, Bytes, ["tier"],
             "Bytes of chunk slots in use, sampled by the monitor while a step runs.";
         DeviceLimit = "patrickstar_device_limit_bytes", Bytes, [],
@@ -175,6 +191,12 @@ families! {
             "When the newest checkpoint was safe on disk; absent before the first.";
         ActorMailbox = "patrickstar_actor_mailbox_messages", Count, ["actor"],
             "Messages that wait for an actor, at the end of the last step.";
+        ActorMailboxCapacity = "patrickstar_actor_mailbox_capacity", Count, ["actor"],
+            "Messages that an actor's mailbox holds: when it is full, senders wait.";
+        ActorLastProgress = "patrickstar_actor_last_progress_timestamp_seconds", Timestamp, ["actor"],
+            "When an actor handled its last message; absent before the first.";
+        HttpInFlight = "patrickstar_service_http_requests_in_flight", Count, [],
+            "Requests that are being answered.";
         Jobs = "patrickstar_service_jobs", Count, ["status"],
             "Jobs by status; those queued wait for their device.";
         OpenStreams = "patrickstar_service_streams", Count, [],
@@ -199,14 +221,22 @@ families! {
     Histogram {
         StepDuration = "patrickstar_train_step_duration_seconds", Seconds, [],
             "Wall time of a step, its data included.";
-        DataDuration = "patrickstar_train_data_duration_seconds", Seconds, [],
-            "Time of a step outside of the engine: reading and arranging its tokens.";
+        PhaseDuration = "patrickstar_train_phase_duration_seconds", Seconds, ["phase"],
+            "Parts of a step, one after the other: data (reading and arranging its tokens), forward, backward (recompute included), optimizer (what no pass hides).";
         StallDuration = "patrickstar_stall_duration_seconds", Seconds, ["cause"],
             "Time of a step in which the device had nothing to do, by what it waited for.";
         CopyDuration = "patrickstar_chunk_copy_duration_seconds", Seconds, ["from", "to"],
             "Time of a step in which the streams of a direction were copying.";
         AdamHostDuration = "patrickstar_adam_host_duration_seconds", Seconds, [],
             "Time of a step in which the host's cores ran the optimizer.";
+        ActorHandleDuration = "patrickstar_actor_handle_duration_seconds", Seconds, ["actor"],
+            "Time of a step in which an actor handled messages.";
+        ChunkResidency = "patrickstar_chunk_residency_seconds", Seconds, [],
+            "From a chunk's arrival on the device to its leaving.";
+        ChunkIdle = "patrickstar_chunk_idle_before_eviction_seconds", Seconds, [],
+            "From a chunk's last use to its eviction from the device; from its arrival where it was not used.";
+        ChunkReuseGap = "patrickstar_chunk_reuse_gap_seconds", Seconds, [],
+            "From one use of a chunk on the device to the next, without it leaving in between.";
         CheckpointDuration = "patrickstar_checkpoint_duration_seconds", Seconds, [],
             "Time from the beginning of a checkpoint to the step that found it safe on disk; training goes on meanwhile.";
         HttpDuration = "patrickstar_service_http_request_duration_seconds", Seconds, ["route", "method", "code"],
@@ -233,7 +263,11 @@ impl Histogram {
     pub fn buckets(self) -> &'static [f64] {
         match self {
             Histogram::StepDuration => STEP_BUCKETS,
-            Histogram::DataDuration
+            Histogram::PhaseDuration
+            | Histogram::ActorHandleDuration
+            | Histogram::ChunkResidency
+            | Histogram::ChunkIdle
+            | Histogram::ChunkReuseGap
             | Histogram::StallDuration
             | Histogram::CopyDuration
             | Histogram::AdamHostDuration => PART_BUCKETS,

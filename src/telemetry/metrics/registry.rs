@@ -115,6 +115,10 @@ pub(super) fn adopt(registry: Registry) -> Result<Arc<Registry>, Error> {
     metrics::set_global_recorder(Arc::clone(&registry.recorder))
         .map_err(|_| failed("this process has a recorder already: install one only".into()))?;
     registry.gauge(Gauge::BuildInfo, &[env!("CARGO_PKG_VERSION")]).set(1.0);
+    // A counter begins at 0 and not at its first increment, which `rate` would not see.
+    for level in ["error", "warn", "info", "debug", "trace"] {
+        registry.counter(Counter::LogMessages, &[level]).increment(0);
+    }
     // Nobody else could have set it: there was no recorder before.
     Ok(Arc::clone(PROCESS.get_or_init(|| registry)))
 }
@@ -126,8 +130,13 @@ pub fn installed() -> Option<&'static Arc<Registry>> {
 
 /// One more, where this process has a registry.
 pub fn count(metric: Counter) {
+    count_with(metric, &[]);
+}
+
+/// As [`count`], of a series with labels.
+pub fn count_with(metric: Counter, values: &[&str]) {
     if let Some(registry) = installed() {
-        registry.counter(metric, &[]).increment(1);
+        registry.counter(metric, values).increment(1);
     }
 }
 

@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::train::Engine;
 use crate::train::device::is_cuda;
 use crate::train::engine::StepReport;
+use crate::train::pace::WholeStep;
 
 /// Publishes one training.
 pub struct TrainingMetrics {
@@ -26,6 +27,7 @@ pub struct TrainingMetrics {
     stats: Stats,
     actors: Vec<ActorStatus>,
     saving_since: Option<Instant>,
+    states: chunks::States,
 }
 
 impl TrainingMetrics {
@@ -34,27 +36,48 @@ impl TrainingMetrics {
         describe_job(&registry, engine);
         // Counters begin at 0 and not at their first increment, which `rate` would not see.
         count_step(&registry, 0, 0, false, false);
-        registry.counter(Counter::Checkpoints, &[]).increment(0);
+        for counter in [Counter::Checkpoints, Counter::CheckpointBytes] {
+            registry.counter(counter, &[]).increment(0);
+        }
         let actors = engine.runtime().actors();
         actors.iter().for_each(|status| count_actor(&registry, status, 0, 0));
         chunks::count(&registry, engine, &Stats::default());
         memory::show(&registry, engine);
+        let mut states = chunks::States::default();
+        states.show(&registry, engine);
+        registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));
         // A training that hangs in its first step has made no progress since it began.
         registry.gauge(Gauge::TrainStep, &[]).set(engine.current_step().0 as f64);
         registry.gauge(Gauge::JobLastStep, &[]).set(now());
-        TrainingMetrics { registry, stats: Stats::default(), actors: without_counts(actors), saving_since: None }
+        let actors = without_counts(actors);
+        TrainingMetrics { registry, stats: Stats::default(), actors, saving_since: None, states }
     }
 
-    /// Publishes a step of `tokens` that took `whole`, its data included. A step whose loss ends the training counts too:
+    /// Publishes a step. A step whose loss ends the training counts too:
     /// whoever looks at the graph wants to see why it ends.
-    pub fn step(&mut self, engine: &Engine, report: &StepReport, tokens: u64, whole: Duration) {
+    pub fn step(&mut self, engine: &Engine, report: &StepReport, whole: &WholeStep) {
         let registry = &self.registry;
         show_step(registry, engine, report);
         let stats = &report.stats;
         let finite = report.loss.is_finite() && (stats.gradient_norm.is_finite() || stats.overflow);
-        count_step(registry, 1, tokens, stats.overflow, !finite);
-        registry.histogram(Histogram::StepDuration, &[]).record(whole);
-        registry.histogram(Histogram::DataDuration, &[]).record(whole.saturating_sub(stats.elapsed));
+        count_step(registry, 1, whole.tokens, stats.overflow, !finite);
+        registry.histogram(Histogram::StepDuration, &[]).record(whole.time);
+        let phases = report.phases;
+        for (phase, time) in [
+            ("data", whole.time.saturating_sub(stats.elapsed)),
+            ("forward", phases.forward),
+            ("backward", phases.backward),
+            ("optimizer", phases.optimizer),
+        ] {
+            registry.histogram(Histogram::PhaseDuration, &[phase]).record(time);
+        }
+        if let Some(flops) = engine.plan().flops {
+            registry.counter(Counter::TrainFlops, &[]).increment(flops as u64);
+        }
+        registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));
+        if let Some(left) = whole.time_left {
+            registry.gauge(Gauge::JobEstimatedFinish, &[]).set(now() + left.as_secs_f64());
+        }
 
         // Not the report's counters: those leave out what happened between two steps.
         let stats = engine.runtime().stats();
@@ -63,11 +86,15 @@ impl TrainingMetrics {
         chunks::record_times(registry, &new);
         self.stats = stats;
         memory::show(registry, engine);
+        self.states.show(registry, engine);
+        chunks::record_ages(registry, engine);
 
         let actors = engine.runtime().actors();
         for (status, before) in actors.iter().zip(&self.actors) {
             let (handled, restarts) = (status.handled - before.handled, status.restarts - before.restarts);
             count_actor(registry, status, handled, restarts);
+            let busy = status.busy.saturating_sub(before.busy);
+            registry.histogram(Histogram::ActorHandleDuration, &[status.actor]).record(busy);
         }
         self.actors = actors;
     }
@@ -77,12 +104,13 @@ impl TrainingMetrics {
         self.saving_since = Some(Instant::now());
     }
 
-    /// It is safe on disk.
-    pub fn checkpoint_done(&mut self) {
+    /// It is safe on disk, where it takes `bytes`.
+    pub fn checkpoint_done(&mut self, bytes: u64) {
         if let Some(since) = self.saving_since.take() {
             self.registry.histogram(Histogram::CheckpointDuration, &[]).record(since.elapsed());
         }
         self.registry.counter(Counter::Checkpoints, &[]).increment(1);
+        self.registry.counter(Counter::CheckpointBytes, &[]).increment(bytes);
         self.registry.gauge(Gauge::CheckpointLastSuccess, &[]).set(now());
     }
 }
@@ -145,11 +173,19 @@ fn count_actor(registry: &Registry, status: &ActorStatus, handled: u64, restarts
     registry.counter(Counter::ActorMessages, &[status.actor]).increment(handled);
     registry.counter(Counter::ActorRestarts, &[status.actor]).increment(restarts);
     registry.gauge(Gauge::ActorMailbox, &[status.actor]).set(status.waiting as f64);
+    registry.gauge(Gauge::ActorMailboxCapacity, &[status.actor]).set(status.capacity as f64);
+    if let Some(time) = status.last_progress {
+        registry.gauge(Gauge::ActorLastProgress, &[status.actor]).set(time);
+    }
 }
 
 /// The actors before they did anything: what they did before the first step counts with it.
 fn without_counts(actors: Vec<ActorStatus>) -> Vec<ActorStatus> {
-    actors.into_iter().map(|status| ActorStatus { handled: 0, restarts: 0, ..status }).collect()
+    actors.into_iter().map(|status| ActorStatus { handled: 0, restarts: 0, busy: Duration::ZERO, ..status }).collect()
+}
+
+fn progress(engine: &Engine) -> f64 {
+    engine.current_step().0 as f64 / engine.config().train.steps.max(1) as f64
 }
 
 fn now() -> f64 {

@@ -73,3 +73,41 @@ fn actors_of_all_running_jobs_are_listed() {
     let supervisor = actors.iter().find(|actor| actor["name"] == "supervisor").unwrap();
     assert!(supervisor["processed"].as_u64() > Some(0), "{supervisor}");
 }
+
+/// The value of a series of the service's `/metrics`; `None` where it is absent.
+fn metric(service: &Service, series: &str) -> Option<f64> {
+    let answer = service.get("/metrics");
+    let text = String::from_utf8_lossy(&answer.body).into_owned();
+    let line = text.lines().find(|line| line.starts_with(series))?;
+    line.rsplit_once(' ').and_then(|(_, value)| value.parse().ok())
+}
+
+#[test]
+fn a_running_job_says_when_it_will_be_done_and_an_ended_one_is_counted() {
+    let data = tempfile::tempdir().unwrap();
+    let service = Service::start(data.path());
+    let ended = |outcome: &str| {
+        metric(&service, &format!("patrickstar_service_jobs_finished_total{{outcome=\"{outcome}\"}}")).unwrap()
+    };
+    assert_eq!(["succeeded", "failed", "cancelled"].map(ended), [0.0; 3]);
+    let job = service.job(&service.training_file(), &narrow(1_000_000));
+    service.until_step(&job, 3);
+    let path = format!("/v1/fine_tuning/jobs/{job}");
+    let finish = until("an estimate", || service.get(&path).ok()["estimated_finish"].as_i64());
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs() as i64;
+    assert!(finish > now, "a million steps are not done at {finish}, now is {now}");
+    let of_job = format!("job_id=\"{job}\"");
+    let progress = format!("patrickstar_job_progress_ratio{{{of_job}}}");
+    let share = until("the worker's metrics", || metric(&service, &progress));
+    assert!(share > 0.0 && share < 0.1, "{share}");
+    // The request that asks is one of them.
+    assert!(metric(&service, "patrickstar_service_http_requests_in_flight") >= Some(1.0));
+
+    service.order(&job, "cancel").ok();
+    until("the worker to leave", || metric(&service, &progress).is_none().then_some(()));
+    assert_eq!(["succeeded", "failed", "cancelled"].map(ended), [0.0, 0.0, 1.0]);
+    assert!(service.get(&path).ok()["estimated_finish"].is_null(), "it does not run any more");
+    let short = service.job(&service.training_file(), &narrow(2));
+    service.until_status(&short, "succeeded");
+    assert_eq!(ended("succeeded"), 1.0);
+}

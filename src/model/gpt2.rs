@@ -109,8 +109,8 @@ pub struct StepShape {
 const KEPT_WIDTHS: u64 = 15;
 /// Of these the results of two norms and of GELU, which one pass over memory brings back.
 const CHEAP_WIDTHS: u64 = 6;
-/// Inputs of layers that leave or come back at a time.
-const ON_THE_WAY: u64 = 4;
+/// Inputs of layers that leave or come back in the moment of the peak, which is when the backward pass begins.
+const ON_THE_WAY: u64 = 1;
 /// A GPU's pool gets one part in this many more than is allocated from it.
 const FRAGMENTS: u64 = 10;
 /// Widths that the backward of a layer needs beside: gradients before and after GELU, and of the residual stream.

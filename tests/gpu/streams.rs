@@ -80,7 +80,7 @@ fn a_stream_waits_for_another() {
     let (event, busy) = unsafe {
         first.copy(slot(host.as_ref(), 0), slot(device.as_ref(), 0), SLOT).unwrap();
         first.record().unwrap().synchronize().unwrap();
-        for _ in 0..40 {
+        for _ in 0..400 {
             first.copy(slot(large.as_ref(), 0), slot(large.as_ref(), 1), LARGE).unwrap();
         }
         first.copy(slot(host.as_ref(), 1), slot(device.as_ref(), 0), SLOT).unwrap();

@@ -63,7 +63,7 @@ impl CudaOps {
     pub(crate) fn gelu_backward_bias(&self, dy: &Tensor, u: &Tensor, form: Gelu, bias: &Param) -> Result<Tensor> {
         let (cols, dtype) = (bias.rows(), u.dtype());
         let out = self.uninitialised(u.shape(), dtype)?;
-        let [partial] = self.scratch([PARTIALS * cols])?;
+        let ([partial], _scratch) = self.scratch([PARTIALS * cols])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(u)?,

@@ -257,7 +257,7 @@ impl CudaOps {
         dqkv: &Tensor,
     ) -> Result<()> {
         let width = call.width()?;
-        let stats = self.scratch([2 * call.batch * call.heads * call.padded_time()])?;
+        let (stats, _scratch) = self.scratch([2 * call.batch * call.heads * call.padded_time()])?;
         let from = self.address(qkv)?;
         let [q, k, v] = PARTS.map(|part| call.part(from, part));
         let dout = Heads { address: self.address(dy)?, stride: call.hidden(), heads: call.heads };
@@ -285,7 +285,7 @@ impl CudaOps {
     ) -> Result<()> {
         let (width, names) = call.names_f32()?;
         let shared = shared_f32(4, *width);
-        let [delta] = self.scratch([lse.elem_count()])?;
+        let ([delta], _scratch) = self.scratch([lse.elem_count()])?;
         let (from, to, stride) = (self.address(qkv)?, self.address(dqkv)?, Arg::U64(call.hidden() as u64));
         let inputs = strided(&PARTS.map(|part| call.part(from, part)));
         let [dq, dk, dv] = PARTS.map(|part| strided(&[call.part(to, part)]));

@@ -81,7 +81,7 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let [dweight, dbias] = self.scratch([NORM_PARTIALS * cols; 2])?;
+        let ([dweight, dbias], _scratch) = self.scratch([NORM_PARTIALS * cols; 2])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -132,7 +132,7 @@ impl CudaOps {
         let (cols, dtype) = (weight.rows(), x.dtype());
         let rows = x.elem_count() / cols;
         let dx = self.uninitialised(x.shape(), dtype)?;
-        let [dweight] = self.scratch([NORM_PARTIALS * cols])?;
+        let ([dweight], _scratch) = self.scratch([NORM_PARTIALS * cols])?;
         let args = [
             self.pointer(dy)?,
             self.pointer(x)?,
@@ -154,7 +154,7 @@ impl CudaOps {
     pub(super) fn add_column_sums(&self, dy: &Tensor, param: &Param) -> Result<()> {
         let Some(gradient) = self.gradient_address(param)? else { return Ok(()) };
         let (cols, dtype) = (param.rows(), dy.dtype());
-        let [partial] = self.scratch([SUM_PARTIALS * cols])?;
+        let ([partial], _scratch) = self.scratch([SUM_PARTIALS * cols])?;
         let grid = self.column_grid(cols, dtype, SUM_PARTIALS);
         // Beyond a million columns there are not enough counters, and the sums take a launch of their own.
         let is_counted = grid.blocks[0] as usize <= COLUMN_COUNTERS;

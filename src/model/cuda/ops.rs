@@ -3,7 +3,7 @@
 #![expect(unsafe_code, reason = "launches kernels and allocates without clearing")]
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::{
@@ -55,6 +55,9 @@ pub struct CudaOps {
     /// A zero for each tile of columns, before and after every launch on the stream.
     pub(super) column_counters: Tensor,
 }
+
+/// The scratch memory of the operations, while one of them uses it.
+pub(super) type Scratch<'a> = MutexGuard<'a, Option<Tensor>>;
 
 /// The name of a kernel for an element type, of those it is compiled for.
 macro_rules! kernel {
@@ -191,9 +194,11 @@ impl CudaOps {
         Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
     }
 
-    /// Uninitialised places for so many fp32 numbers each, for the kernels of one operation: the next one that asks gets
-    /// the same memory. An allocation of the driver costs as much as a launch, and half of them were for partial sums.
-    pub(super) fn scratch<const N: usize>(&self, numbers: [usize; N]) -> Result<[Arg; N]> {
+    /// Uninitialised places for so many fp32 numbers each, for the kernels of one operation: the next one gets the same
+    /// memory. Whoever asks keeps what is returned beside the places until all its kernels are queued: an operation that
+    /// another thread queues in between would write over the sums. An allocation of the driver costs as much as a launch,
+    /// and half of them were for partial sums.
+    pub(super) fn scratch<const N: usize>(&self, numbers: [usize; N]) -> Result<([Arg; N], Scratch<'_>)> {
         let places = numbers.map(|count| count.next_multiple_of(SCRATCH_MULTIPLE));
         let total: usize = places.iter().sum();
         let mut scratch = self.scratch.lock().map_err(message)?;
@@ -202,11 +207,12 @@ impl CudaOps {
             *scratch = Some(self.uninitialised(total, DType::F32)?);
         }
         let mut next = scratch.as_ref().map_or(Ok(0), |scratch| self.address(scratch))?;
-        Ok(places.map(|count| {
+        let places = places.map(|count| {
             let place = next;
             next += (count * DType::F32.size_in_bytes()) as u64;
             Arg::Pointer(place)
-        }))
+        });
+        Ok((places, scratch))
     }
 
     /// # Safety

@@ -57,7 +57,7 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
       for (int tile = from; tile < to; ++tile) {
         barrier_wait(shared.q_full(ring.stage), ring.phase);
         barrier_wait(shared.do_full(ring.stage), ring.phase);
-        warp_arrive_in_order(shared.empty(ring.stage));
+        warp_arrive(shared.empty(ring.stage));
         ring.advance();
       }
     };
@@ -91,7 +91,7 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
         pin(s);
         pin(sum_k);
         pin(sum_v);
-        if (held >= 0) warp_arrive_in_order(shared.empty(held));
+        if (held >= 0) warp_arrive(shared.empty(held));
         held = stage;
 
         const int query = tile * QUERIES;
@@ -116,10 +116,10 @@ __device__ __forceinline__ void kv_compute_loop(const KvLayout<WIDTH>& shared,
       wgmma_wait<0>();
       pin(sum_k);
       pin(sum_v);
-      if (held >= 0) warp_arrive_in_order(shared.empty(held));
+      if (held >= 0) warp_arrive(shared.empty(held));
       skip(share.end_tile, work.end_tile);
     }
-    warp_arrive_in_order(shared.kv_empty(kv_ring.stage));
+    warp_arrive(shared.kv_empty(kv_ring.stage));
     kv_ring.advance();
 
     store_keys<T, WIDTH>(d_k, work, args, key_of_group, sum_k, args.scale);
@@ -159,7 +159,7 @@ __device__ __forceinline__ void kv_values_loop(const KvLayout<WIDTH>& shared,
     Held<L::HELD> held;
     barrier_wait(shared.kv_full(0), kv_phase);
     load_operand<L::KEYS>(held, k);
-    if constexpr (L::HELD == WIDTH) warp_arrive_in_order(shared.kv_empty(0));
+    if constexpr (L::HELD == WIDTH) warp_arrive(shared.kv_empty(0));
 
     int query = work.first_tile * QUERIES;
     const auto hand_out = [&] {
@@ -172,7 +172,7 @@ __device__ __forceinline__ void kv_values_loop(const KvLayout<WIDTH>& shared,
 #pragma unroll
       for (int t = 0; t < QUERIES / 8; ++t)
         store_16_bytes(shared.handed(out.stage) + t * 128 * 16, s[t]);
-      warp_arrive_in_order(shared.handed_full(out.stage));
+      warp_arrive(shared.handed_full(out.stage));
       out.advance();
     };
 
@@ -204,7 +204,7 @@ __device__ __forceinline__ void kv_values_loop(const KvLayout<WIDTH>& shared,
       hand_out();
       wgmma_wait<0>();
       pin(sum);
-      warp_arrive_in_order(shared.empty(before.stage));
+      warp_arrive(shared.empty(before.stage));
       pack_operand<T>(p, s);
     }
     barrier_wait(shared.do_full(ring.stage), ring.phase);
@@ -214,9 +214,9 @@ __device__ __forceinline__ void kv_values_loop(const KvLayout<WIDTH>& shared,
     wgmma_commit();
     wgmma_wait<0>();
     pin(sum);
-    warp_arrive_in_order(shared.empty(ring.stage));
+    warp_arrive(shared.empty(ring.stage));
     ring.advance();
-    if constexpr (L::HELD < WIDTH) warp_arrive_in_order(shared.kv_empty(0));
+    if constexpr (L::HELD < WIDTH) warp_arrive(shared.kv_empty(0));
     store_keys<T, WIDTH>(d_v, work, args, 0, sum, 1.0f);
   }
 }
@@ -248,7 +248,7 @@ __device__ __forceinline__ void kv_keys_loop(const KvLayout<WIDTH>& shared,
     Held<L::HELD> held;
     barrier_wait(shared.kv_full(0), kv_phase);
     load_operand<L::KEYS>(held, v);
-    if constexpr (L::HELD == WIDTH) warp_arrive_in_order(shared.kv_empty(0));
+    if constexpr (L::HELD == WIDTH) warp_arrive(shared.kv_empty(0));
 
     const auto take_in = [&] {
       barrier_wait(shared.handed_full(in.stage), in.phase);
@@ -258,7 +258,7 @@ __device__ __forceinline__ void kv_keys_loop(const KvLayout<WIDTH>& shared,
         load_16_bytes(p, shared.handed(in.stage) + t * 128 * 16);
         score_gradients(d_p[t], p, pair_of_tile(shared.delta(ring.stage), t));
       }
-      warp_arrive_in_order(shared.handed_empty(in.stage));
+      warp_arrive(shared.handed_empty(in.stage));
       in.advance();
     };
 
@@ -290,7 +290,7 @@ __device__ __forceinline__ void kv_keys_loop(const KvLayout<WIDTH>& shared,
       take_in();
       wgmma_wait<0>();
       pin(sum);
-      warp_arrive_in_order(shared.empty(before.stage));
+      warp_arrive(shared.empty(before.stage));
       pack_operand<T>(d_s, d_p);
     }
     barrier_wait(shared.q_full(ring.stage), ring.phase);
@@ -300,9 +300,9 @@ __device__ __forceinline__ void kv_keys_loop(const KvLayout<WIDTH>& shared,
     wgmma_commit();
     wgmma_wait<0>();
     pin(sum);
-    warp_arrive_in_order(shared.empty(ring.stage));
+    warp_arrive(shared.empty(ring.stage));
     ring.advance();
-    if constexpr (L::HELD < WIDTH) warp_arrive_in_order(shared.kv_empty(0));
+    if constexpr (L::HELD < WIDTH) warp_arrive(shared.kv_empty(0));
     store_keys<T, WIDTH>(d_k, work, args, 0, sum, args.scale);
   }
 }

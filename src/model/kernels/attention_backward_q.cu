@@ -239,7 +239,7 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
     Held<L::HELD_DO> held_do;
     load_operand<QUERIES>(held_q, q);
     load_operand<QUERIES>(held_do, d_o);
-    if constexpr (L::ALL_HELD) warp_arrive_in_order(shared.q_empty());
+    if constexpr (L::ALL_HELD) warp_arrive(shared.q_empty());
 
     // Tiles that only the other warpgroup needs. They are waited for all the same: arriving
     // a round early would be taken for the current round.
@@ -301,7 +301,7 @@ __device__ __forceinline__ void q_compute_loop(const QLayout<WIDTH>& shared,
     wgmma_wait<0>();
     pin(sum);
     if (held >= 0) warp_arrive(shared.k_empty(held));
-    if constexpr (!L::ALL_HELD) warp_arrive_in_order(shared.q_empty());
+    if constexpr (!L::ALL_HELD) warp_arrive(shared.q_empty());
     skip(share_first - 1, work.first_tile - 1);
 
     T* rows = out.d_q + (static_cast<int64_t>(work.batch) * args.time + first) * out.dq_stride +

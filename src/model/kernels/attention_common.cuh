@@ -186,15 +186,6 @@ __device__ __forceinline__ void warp_arrive(uint32_t barrier) {
   if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// The same for a buffer that lanes have read or written by instructions of their own. The
-// assembler drops __syncwarp where it finds the warp converged, which leaves their order to the
-// hardware; a barrier of the warp's own it keeps, for some 20 cycles.
-__device__ __forceinline__ void warp_arrive_in_order(uint32_t barrier) {
-  const int own = threadIdx.x / 32 - 3;  // 1 to 8: the first warpgroup copies, 0 is the block's
-  asm volatile("bar.sync %0, 32;" ::"r"(own) : "memory");
-  if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{\n"

@@ -24,7 +24,7 @@ use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart};
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::{Direction, StallCause};
 use patrickstar_actors::timeline::Timeline;
-use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step};
+use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, Tier};
 use patrickstar_actors::{Access, EvictionPolicy, SplitCosts, SplitRoom, spread_sides};
 
 const CHUNK: u64 = 8 << 20;
@@ -154,7 +154,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .collect();
     let layout = Layout::new(&specs, Precision::Bf16, Bytes(CHUNK))?;
-    let room = SplitRoom { slots, working_set: 2, groups, persistent: 6, together: clip > 0, tight: false };
+    let room =
+        SplitRoom { slots, working_set: 2, groups, persistent: 6, together: clip > 0, tight: false, looked_up: 0 };
     let costs = SplitCosts {
         compute: forward * groups * 4,
         forward_share: 0.25,
@@ -173,7 +174,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         disk_slots: 0,
         disk_path: std::env::temp_dir().join("pace"),
         eviction: EvictionPolicy { policy: Policy::Opt, prefetch: get("prefetch", 16) as u32 },
-        sides: spread_sides(groups, resident as u32, streamed),
+        sides: spread_sides(groups, 0, resident as u32, streamed),
         split: None,
         adam: AdamConfig::default(),
         clip_norm: clip as f64,
@@ -195,15 +196,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         let (began, before) = (Instant::now(), runtime.stats());
         runtime.begin_step(StepStart::new(Step(step), 1e-3))?;
         for group in 0..groups {
-            let lease =
-                runtime.access(|| format!("forward {group}"), vec![(chunk(group, Kind::Weight), Access::Read)])?;
+            let lease = runtime.access(
+                || format!("forward {group}"),
+                Tier::Device,
+                vec![(chunk(group, Kind::Weight), Access::Read)],
+            )?;
             pass(forward);
             runtime.release_forward(lease)?;
         }
         for group in (0..groups).rev() {
             let request =
                 vec![(chunk(group, Kind::Weight), Access::Read), (chunk(group, Kind::Gradient), Access::Fresh)];
-            let lease = runtime.access(|| format!("backward {group}"), request)?;
+            let lease = runtime.access(|| format!("backward {group}"), Tier::Device, request)?;
             pass(forward * 3);
             runtime.release_backward(lease)?;
         }

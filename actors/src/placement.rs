@@ -29,21 +29,22 @@ impl Side {
     }
 }
 
-/// Sides of `groups` groups: the first `resident` live on the device, for the forward pass begins with them and they are
-/// updated at once; of the others `streamed` are spread evenly, so that both sides have work throughout the backward pass.
-pub fn spread_sides(groups: u32, resident: u32, streamed: u32) -> Vec<Side> {
-    let resident = resident.min(groups);
+/// Sides of `groups` groups: the first `resident` that are not `looked_up` in host memory live on the device, for the forward
+/// pass begins with them and they are updated at once; of the others `streamed` are spread evenly, so that both sides have
+/// work throughout the backward pass.
+pub fn spread_sides(groups: u32, looked_up: u32, resident: u32, streamed: u32) -> Vec<Side> {
+    let resident = resident.min(groups.saturating_sub(looked_up));
     let others = u64::from(groups - resident);
     let streamed = u64::from(streamed).min(others);
     (0..groups)
-        .map(|group| match group.checked_sub(resident) {
-            None => Side::Resident,
-            Some(index) => {
-                // Whole parts of index * streamed / others grow by one where a streamed group lies.
-                let before = |index: u64| index * streamed / others;
-                let index = u64::from(index);
-                if before(index + 1) > before(index) { Side::Streamed } else { Side::Host }
+        .map(|group| {
+            if (looked_up..looked_up + resident).contains(&group) {
+                return Side::Resident;
             }
+            // Whole parts of index * streamed / others grow by one where a streamed group lies.
+            let before = |index: u64| index * streamed / others;
+            let index = u64::from(if group < looked_up { group } else { group - resident });
+            if before(index + 1) > before(index) { Side::Streamed } else { Side::Host }
         })
         .collect()
 }
@@ -153,6 +154,8 @@ pub struct SplitRoom {
     pub together: bool,
     /// The tiers below have no place for what a comfortable split leaves them.
     pub tight: bool,
+    /// The first groups, whose rows the model looks up in host memory: they do not live on the device.
+    pub looked_up: u32,
 }
 
 impl SplitRoom {
@@ -168,7 +171,12 @@ impl SplitRoom {
 
     fn resident_beside(&self, reserve: u32) -> u32 {
         let each = self.persistent + u32::from(self.together);
-        (self.slots.saturating_sub(reserve) / each.max(1)).min(self.groups)
+        (self.slots.saturating_sub(reserve) / each.max(1)).min(self.groups.saturating_sub(self.looked_up))
+    }
+
+    /// Whether everything that may live on the device does.
+    pub fn holds_all(&self) -> bool {
+        self.most_resident() + self.looked_up >= self.groups
     }
 
     /// Groups that may live on the device if all others are stepped on the host.
@@ -179,13 +187,13 @@ impl SplitRoom {
     /// As many as may live on the device while others pass through it.
     pub fn resident_beside_a_stream(&self) -> u32 {
         let all = self.most_resident();
-        if all == self.groups { all } else { self.resident_beside(self.passing() + self.stream()) }
+        if self.holds_all() { all } else { self.resident_beside(self.passing() + self.stream()) }
     }
 
     /// The split that `costs` favour.
     pub fn split(&self, costs: &SplitCosts) -> Split {
         let without = Split { resident: self.most_resident(), streamed: 0 };
-        if without.resident == self.groups || self.slots < self.passing() + self.stream() {
+        if self.holds_all() || self.slots < self.passing() + self.stream() {
             return without;
         }
         let work = |resident: u32| SplitWork {
@@ -211,7 +219,7 @@ mod tests {
         for groups in [0, 1, 7, 64] {
             for resident in [0, 1, 5, 64] {
                 for streamed in [0, 1, 3, 40, 100] {
-                    let sides = spread_sides(groups, resident, streamed);
+                    let sides = spread_sides(groups, 0, resident, streamed);
                     let count = |side: Side| sides.iter().filter(|&&other| other == side).count() as u32;
                     assert_eq!(sides.len() as u32, groups);
                     assert_eq!(count(Side::Resident), resident.min(groups));
@@ -227,6 +235,24 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn groups_that_are_looked_up_do_not_live_on_the_device() {
+        use Side::{Host, Resident, Streamed};
+        assert_eq!(spread_sides(5, 2, 2, 0), [Host, Host, Resident, Resident, Host]);
+        assert_eq!(spread_sides(5, 2, 9, 0), [Host, Host, Resident, Resident, Resident]);
+        assert_eq!(spread_sides(5, 2, 2, 3), [Streamed, Streamed, Resident, Resident, Streamed]);
+        let room = SplitRoom {
+            slots: 400,
+            working_set: 4,
+            groups: 32,
+            persistent: 6,
+            together: false,
+            tight: false,
+            looked_up: 3,
+        };
+        assert_eq!(room.split(&costs(60, 5)), Split { resident: 29, streamed: 0 });
     }
 
     /// Of a host whose memory is four times as fast as its cores.
@@ -265,7 +291,15 @@ mod tests {
 
     #[test]
     fn residents_leave_room_for_what_passes() {
-        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false, tight: false };
+        let room = SplitRoom {
+            slots: 60,
+            working_set: 4,
+            groups: 32,
+            persistent: 6,
+            together: false,
+            tight: false,
+            looked_up: 0,
+        };
         assert_eq!(room.split(&costs(1, 5)), Split { resident: 8, streamed: 0 });
         let split = room.split(&costs(60, 5));
         assert_eq!(split.resident, (60 - 8 - 14) / 6);

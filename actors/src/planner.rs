@@ -454,8 +454,7 @@ impl<'a> Planner<'a> {
 /// In the host tier a copy that the device also has costs nothing to drop; otherwise the state that the compute thread
 /// needs last (optimizer states it never needs) goes to disk, least recently used first.
 fn host_victim(candidates: &[Candidate], trace: Option<&crate::schedule::Trace>, now: Moment) -> Option<ChunkId> {
-    let distance =
-        |chunk: ChunkId| trace.and_then(|trace| trace.distance_to_next_use(chunk, now, false)).unwrap_or(u32::MAX);
+    let distance = |chunk: ChunkId| trace.and_then(|trace| trace.distance_to_any_use(chunk, now)).unwrap_or(u32::MAX);
     candidates
         .iter()
         .max_by_key(|candidate| (candidate.clean, distance(candidate.chunk), std::cmp::Reverse(candidate.last_use)))

@@ -244,27 +244,31 @@ impl Runtime {
         Ok(())
     }
 
-    /// Leases `chunks` on the device for the compute thread: the next moment of the step.
+    /// Leases `chunks` in `tier` for the compute thread: the next moment of the step.
     pub fn access(
         &mut self,
         label: impl Fn() -> String,
+        tier: Tier,
         chunks: Vec<(ChunkId, Access)>,
     ) -> Result<Lease, RuntimeError> {
-        let moment = self.enter_moment(&label, &chunks);
-        self.shared.lease_at(Some(moment), Requester::Compute, Tier::Device, chunks)
+        let moment = self.enter_moment(&label, tier, &chunks);
+        self.shared.lease_at(Some(moment), Requester::Compute, tier, chunks)
     }
 
     /// Leases outside of a step: evaluation and generation.
-    pub fn access_untraced(&self, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
-        self.shared.lease(Requester::Compute, Tier::Device, chunks)
+    pub fn access_untraced(&self, tier: Tier, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
+        self.shared.lease(Requester::Compute, tier, chunks)
     }
 
-    fn enter_moment(&mut self, label: &impl Fn() -> String, chunks: &[(ChunkId, Access)]) -> Moment {
+    fn enter_moment(&mut self, label: &impl Fn() -> String, tier: Tier, chunks: &[(ChunkId, Access)]) -> Moment {
         let moment = Moment(self.step.moment);
         self.close_moment();
         if let Some(recorder) = &mut self.recorder {
             let ids: Vec<ChunkId> = chunks.iter().map(|&(chunk, _)| chunk).collect();
-            recorder.access(&ids);
+            match tier {
+                Tier::Device => recorder.access(&ids),
+                Tier::Host | Tier::Disk => recorder.access_on_host(&ids),
+            };
         }
         if self.shared.timeline.is_enabled() {
             self.snapshot(moment, label());

@@ -96,7 +96,7 @@ impl Splitter {
         tracing::info!(?split, before = ?self.split, costs = ?self.costs, latest = ?self.latest, "groups change sides");
         self.split = split;
         self.since_change = 0;
-        Some(spread_sides(self.room.groups, split.resident, split.streamed))
+        Some(spread_sides(self.room.groups, self.room.looked_up, split.resident, split.streamed))
     }
 
     fn step(&self, split: Split) -> Duration {
@@ -144,7 +144,15 @@ mod tests {
 
     #[test]
     fn a_slow_host_hands_groups_to_the_device_and_a_small_budget_takes_residents() {
-        let room = SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false, tight: false };
+        let room = SplitRoom {
+            slots: 60,
+            working_set: 4,
+            groups: 32,
+            persistent: 6,
+            together: false,
+            tight: false,
+            looked_up: 0,
+        };
         let ms = Duration::from_millis;
         let costs = SplitCosts {
             compute: ms(1000),
@@ -156,7 +164,7 @@ mod tests {
         };
         let split = room.split(&costs);
         assert_eq!(split.streamed, 0);
-        let sides = spread_sides(32, split.resident, split.streamed);
+        let sides = spread_sides(32, 0, split.resident, split.streamed);
         let slow_host = |stepped: u64| {
             let mut stats = Stats { stepped_on_host: stepped * 1000, ..Stats::default() };
             stats.stepping_on_host = ms(stepped * 80);

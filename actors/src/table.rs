@@ -483,6 +483,7 @@ impl Table {
     ) -> Result<(), RuntimeError> {
         for &(chunk, access) in chunks {
             if let (Some(event), Some(slot)) = (until, self.entry(chunk).place[tier.index()].valid())
+                && tier == Tier::Device
                 && let Some(place) = self.device_events.get_mut(slot.0 as usize)
             {
                 *place = Some(event.clone());

@@ -115,7 +115,7 @@ impl Model {
             }
         }
         let (resident, streamed) = case.sides;
-        let sides = spread_sides(layout.group_count() as u32, resident, streamed);
+        let sides = spread_sides(layout.group_count() as u32, 0, resident, streamed);
         let persistent = case.precision.persistent_kinds().iter().map(|&kind| layout.parts(kind)).sum();
         let room = SplitRoom {
             slots: case.device_slots as u32,
@@ -124,6 +124,7 @@ impl Model {
             persistent,
             together: case.clip_norm > 0.0 || case.precision.scales_loss(),
             tight: false,
+            looked_up: 0,
         };
         let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
         let config = RuntimeConfig {
@@ -176,14 +177,14 @@ impl Model {
         self.runtime.begin_step(start)?;
         for block in 0..BLOCKS - 1 {
             let request = self.weights(block);
-            let lease = self.runtime.access(|| format!("forward {block}"), request)?;
+            let lease = self.runtime.access(|| format!("forward {block}"), Tier::Device, request)?;
             self.runtime.release_forward(lease)?;
         }
         for block in (0..BLOCKS).rev() {
             let layout = self.runtime.layout().clone();
             let mut request = self.weights(block);
             request.extend(chunks(&layout, block, Kind::Gradient).into_iter().map(|chunk| (chunk, Access::Fresh)));
-            let lease = self.runtime.access(|| format!("backward {block}"), request)?;
+            let lease = self.runtime.access(|| format!("backward {block}"), Tier::Device, request)?;
             for tensor in uses(block) {
                 for tile in layout.tiles(tensor) {
                     let elements = tile.rows * 64;
@@ -403,7 +404,7 @@ fn retuning_while_training_does_not_change_the_bits() {
         let device = Some(Bytes([20, 9, 14, 10][step as usize - 1] * CHUNK));
         let prefetch = Some(step as u32 % 3);
         // Groups change sides, host memory shrinks by a slot and the reserve grows, all at once.
-        let sides = Some(patrickstar_actors::spread_sides(model.runtime.sides().len() as u32, 0, step as u32 % 3));
+        let sides = Some(patrickstar_actors::spread_sides(model.runtime.sides().len() as u32, 0, 0, step as u32 % 3));
         let host = Some(Bytes(model.runtime.tier_use(Tier::Host).capacity.0 - step % 2 * CHUNK));
         let headroom = Some(0.1 * step as f64);
         let retune = Retune { policy: Some(policy), prefetch, device, host, headroom, sides };

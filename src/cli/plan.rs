@@ -15,7 +15,7 @@ pub fn run(args: PlanArgs) -> Result<ExitCode, CliError> {
     let mut config = Sources::process(args.source.config, args.source.set).load()?.config;
     let tokenizer = Tokenizer::load(&config.data.tokenizer).map_err(crate::Error::from)?;
     let (_, blocks) = build(&mut config, &tokenizer)?;
-    let program = Program::new(&blocks)?;
+    let program = Program::new(&blocks, config.model.embedding)?;
     let plan = Plan::new(&config, &program)?;
     let scaled = |value: Option<f64>, unit: f64| value.map(|value| value * unit);
     let rates = Rates::measure([scaled(args.compute, 1e12), scaled(args.link, 1e9), scaled(args.host, 1e9)])?;

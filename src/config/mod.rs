@@ -19,7 +19,7 @@ pub use sections::{
     Train,
 };
 pub use validate::SHAPES;
-pub use values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
+pub use values::{Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

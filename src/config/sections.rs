@@ -6,7 +6,9 @@ use patrickstar_actors::types::{Bytes, Precision};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::values::{Boundaries, DeviceKind, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes};
+use super::values::{
+    Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes,
+};
 
 /// The model that is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -33,6 +35,8 @@ pub struct Model {
     /// How parameters are stored: "fp32", "bf16" or "fp16" (with a scaled loss); all step an exact fp32 weight.
     #[schemars(with = "String", extend("enum" = ["fp32", "bf16", "fp16"]))]
     pub precision: Precision,
+    /// Where rows of the embedding are looked up: "device", to which all of it comes, or "host", from where the rows in use come.
+    pub embedding: Embedding,
 }
 
 impl Default for Model {
@@ -48,6 +52,7 @@ impl Default for Model {
             dropout: 0.0,
             tied: true,
             precision: Precision::Fp32,
+            embedding: Embedding::Device,
         }
     }
 }

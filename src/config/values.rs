@@ -106,6 +106,17 @@ words! {
 }
 
 words! {
+    /// Where rows of the embedding are looked up and their gradients are summed. The bits do not depend on it.
+    Embedding {
+        /// On the device, to which its chunks come.
+        #[default]
+        Device = "device",
+        /// In host memory, where its chunks stay: the rows in use cross the link.
+        Host = "host",
+    }
+}
+
+words! {
     /// How the learning rate changes after the warm-up.
     Schedule {
         /// Half a cosine from `lr` to `min_lr`.

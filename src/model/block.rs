@@ -68,6 +68,11 @@ pub trait Block: Send {
     fn name(&self) -> &str;
     /// The parameters it uses, in definition order.
     fn parameters(&self) -> Vec<ParameterSpec>;
+    /// Whether it only looks up rows ([`super::ops::embedding`], [`super::ops::positional_embedding`]): it then runs as well
+    /// where its parameters lie in host memory.
+    fn looks_up(&self) -> bool {
+        false
+    }
     /// Output for one micro-batch, by the operations in [`super::ops`]. The last block returns the scalar loss when
     /// `ctx.targets` is set.
     fn forward(&self, input: &Activation, params: &Params, ctx: &Context) -> Result<Activation>;

@@ -246,6 +246,10 @@ impl Block for EmbeddingBlock {
         ]
     }
 
+    fn looks_up(&self) -> bool {
+        true
+    }
+
     fn forward(&self, ids: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
         let x = ops::embedding(ids, params.get(TOKENS)?)?;
         let x = ops::positional_embedding(&x, params.get(POSITIONS)?)?;
@@ -379,6 +383,9 @@ pub fn blocks_with_decay(model: &Gpt2Config) -> Vec<Box<dyn Block>> {
         }
         fn parameters(&self) -> Vec<ParameterSpec> {
             self.0.parameters().into_iter().map(|spec| ParameterSpec { decay: true, ..spec }).collect()
+        }
+        fn looks_up(&self) -> bool {
+            self.0.looks_up()
         }
         fn forward(&self, input: &Activation, params: &Params, ctx: &Context) -> Result<Activation> {
             self.0.forward(input, params, ctx)

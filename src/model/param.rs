@@ -3,11 +3,12 @@
 #![expect(unsafe_code, reason = "turns leased addresses into slices")]
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::{Result, bail};
 use half::{bf16, f16};
-use patrickstar_actors::types::Precision;
+use patrickstar_actors::types::{Precision, Tier};
 
 /// Rows of a parameter that lie in one chunk.
 #[derive(Clone, Copy, Debug)]
@@ -33,6 +34,8 @@ unsafe impl Sync for ParamTile {}
 #[derive(Clone, Debug)]
 pub struct Param {
     inner: Arc<Inner>,
+    /// Where the chunks lie to which it is bound.
+    tier: Tier,
 }
 
 #[derive(Debug)]
@@ -68,13 +71,56 @@ pub enum GradientSlice<'a> {
     F16(&'a mut [f16]),
 }
 
+impl<'a> WeightSlice<'a> {
+    /// Some of the elements.
+    pub(crate) fn part(self, elements: Range<usize>) -> Self {
+        match self {
+            WeightSlice::F32(values) => WeightSlice::F32(&values[elements]),
+            WeightSlice::Bf16(values) => WeightSlice::Bf16(&values[elements]),
+            WeightSlice::F16(values) => WeightSlice::F16(&values[elements]),
+        }
+    }
+
+    /// Their bytes.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn bytes(self) -> &'a [u8] {
+        match self {
+            WeightSlice::F32(values) => bytemuck::cast_slice(values),
+            WeightSlice::Bf16(values) => bytemuck::cast_slice(values),
+            WeightSlice::F16(values) => bytemuck::cast_slice(values),
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl<'a> GradientSlice<'a> {
+    /// The bytes of the elements.
+    pub(crate) fn bytes(self) -> &'a mut [u8] {
+        match self {
+            GradientSlice::F32(values) => bytemuck::cast_slice_mut(values),
+            GradientSlice::Bf16(values) => bytemuck::cast_slice_mut(values),
+            GradientSlice::F16(values) => bytemuck::cast_slice_mut(values),
+        }
+    }
+}
+
 impl Param {
     /// A parameter that no lease has bound yet. `panel_rows` is the height of a panel where it may be tiled.
     pub fn new(name: &str, shape: &[usize], precision: Precision, panel_rows: Option<usize>) -> Self {
         let panel_rows = panel_rows.unwrap_or(shape.first().copied().unwrap_or(1));
         let inner =
             Inner { name: name.into(), shape: shape.into(), precision, panel_rows, tiles: RwLock::new(Vec::new()) };
-        Param { inner: Arc::new(inner) }
+        Param { inner: Arc::new(inner), tier: Tier::Device }
+    }
+
+    /// The same for chunks in `tier`.
+    pub fn in_tier(self, tier: Tier) -> Self {
+        Param { tier, ..self }
+    }
+
+    /// Whether operations on a GPU find its elements in host memory.
+    pub fn is_in_host_memory(&self) -> bool {
+        self.tier != Tier::Device
     }
 
     /// Binds it to chunks.

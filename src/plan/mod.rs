@@ -14,7 +14,7 @@ use patrickstar_actors::types::{Bytes, Kind, Tier};
 use patrickstar_actors::{EvictionPolicy, Split, SplitRoom};
 use serde::Serialize;
 
-use crate::config::{self, Boundaries, Config, OptimizerKind, Recompute, Size};
+use crate::config::{self, Boundaries, Config, Embedding, OptimizerKind, Recompute, Size};
 use crate::error::Error;
 use crate::model::gpt2::{self, Gpt2Config};
 use crate::train::device::is_cuda;
@@ -88,6 +88,11 @@ pub struct Plan {
     pub away_layers: u32,
     /// Why it does not fit, and what would make it fit.
     pub problems: Vec<String>,
+    /// Chunks that looking up rows leases at once in host memory, and the first groups, to which they belong.
+    #[serde(skip)]
+    looked_up_chunks: u32,
+    #[serde(skip)]
+    looked_up_groups: u32,
     #[serde(skip)]
     layout: Layout,
     #[serde(skip)]
@@ -97,9 +102,9 @@ pub struct Plan {
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
-    /// Host memory for inputs of blocks.
+    /// Host memory for inputs of blocks, and for rows on their way.
     #[serde(skip)]
-    inputs_away: Bytes,
+    activations_on_host: Bytes,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -111,7 +116,7 @@ struct Slots {
 /// The GPT-2 that the configuration describes, if the program is made of its blocks and not of the user's own.
 fn configured_model(config: &Config, program: &Program) -> Option<Gpt2Config> {
     let model = Gpt2Config::from_config(config).ok()?;
-    let configured = Program::new(&gpt2::blocks(&model)).ok()?;
+    let configured = Program::new(&gpt2::blocks(&model), config.model.embedding).ok()?;
     (configured.tensor_specs() == program.tensor_specs()).then_some(model)
 }
 
@@ -136,10 +141,15 @@ pub fn gpt2_reserve(config: &Config, model: &Gpt2Config, keeping: Keeping) -> By
     reserve(config, gpt2_activations(config, model, keeping))
 }
 
-/// Host memory for the inputs of blocks that wait there.
-fn inputs_away(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
+/// Host memory for the inputs of blocks that wait there, and for the rows of a micro-batch that are looked up there.
+fn activations_on_host(config: &Config, model: &Gpt2Config, keeping: Keeping) -> Bytes {
     let tokens = (config.train.batch * config.train.seq_len) as u64;
-    Bytes(keeping.away as u64 * tokens * model.hidden as u64 * activation_bytes_each(config))
+    let looked_up = match config.model.embedding {
+        Embedding::Device => 0,
+        Embedding::Host => tokens / config.train.micro_batches.max(1) as u64,
+    };
+    let each = model.hidden as u64 * activation_bytes_each(config);
+    Bytes((keeping.away as u64 * tokens + looked_up) * each)
 }
 
 /// Bytes of one number of an activation.
@@ -214,7 +224,9 @@ impl Plan {
             chunk,
             chunks: layout.chunk_count() as u32,
             waste: 1.0 - layout.utilisation(),
-            working_set_chunks: program.working_set_chunks(&layout),
+            working_set_chunks: program.working_set_chunks(&layout, Tier::Device),
+            looked_up_chunks: program.working_set_chunks(&layout, Tier::Host),
+            looked_up_groups: program.looked_up_groups(&layout),
             tiers: Vec::new(),
             host_to_device: Bytes(0),
             device_to_host: Bytes(0),
@@ -228,9 +240,17 @@ impl Plan {
             problems: Vec::new(),
             layout,
             slots: Slots::default(),
-            room: SplitRoom { slots: 0, working_set: 0, groups: 0, persistent: 0, together: false, tight: false },
+            room: SplitRoom {
+                slots: 0,
+                working_set: 0,
+                groups: 0,
+                persistent: 0,
+                together: false,
+                tight: false,
+                looked_up: 0,
+            },
             reserved: Bytes(0),
-            inputs_away: Bytes(0),
+            activations_on_host: Bytes(0),
         };
         plan.flops = model.as_ref().map(|model| {
             gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
@@ -245,7 +265,7 @@ impl Plan {
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
         plan.reserved = reserved(keeping);
-        plan.inputs_away = model.as_ref().map_or(Bytes(0), |model| inputs_away(config, model, keeping));
+        plan.activations_on_host = model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping));
         plan.place(config, program, non_model(keeping));
         Ok(plan)
     }
@@ -257,7 +277,7 @@ impl Plan {
             Available::Known(bytes) => bytes.0 - (bytes.0 / 10).min(LEFT_TO_OTHERS),
             Available::Unknown => u64::MAX,
         }
-        .saturating_sub(self.inputs_away.0);
+        .saturating_sub(self.activations_on_host.0);
         let capacity = |wanted: u32| match config.memory.host {
             Size::Bytes(bytes) => bytes.0,
             Size::Auto => available.min(u64::from(wanted) * chunk),

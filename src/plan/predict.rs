@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use patrickstar_actors::Split;
 use patrickstar_actors::chunk::Layout;
 use patrickstar_actors::schedule::{Event, Setup, Trace, TraceRecorder, simulate_observed};
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
+use patrickstar_actors::{Side, Split};
 
 use super::{Plan, TierPlan, runtime_policy};
 use crate::config::Config;
@@ -13,12 +13,12 @@ use crate::train::program::Program;
 
 impl Plan {
     pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes) {
-        let layout = &self.layout;
+        let (layout, sides) = (&self.layout, self.sides());
         let (slots, persistent) = (self.room.slots, self.room.persistent);
         let Split { resident, streamed } = self.split;
         let lives_there = |chunk: ChunkId| {
             let info = layout.chunk(chunk);
-            info.kind != Kind::Gradient && info.group.0 < resident
+            info.kind != Kind::Gradient && sides[info.group.0 as usize] == Side::Resident
         };
         let trace = synthetic_trace(program, layout, &lives_there);
         let writes = |_: Moment, chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
@@ -35,7 +35,10 @@ impl Plan {
         let observed = simulate_observed(&trace, &setup, &mut |event| peak.observe(event, layout));
         // A working set that does not fit is one of the plan's problems already.
         if let Ok(report) = observed {
-            let fetched_weights = (report.fetches / 2).saturating_sub(groups);
+            let gradients = u64::from(program.groups_on_device(layout));
+            let fetched_weights = (report.fetches / 2).saturating_sub(gradients);
+            // Those that are summed in host memory do not have to go there.
+            let away = away.saturating_sub(groups - gradients);
             let (streamed, persistent) = (u64::from(streamed), u64::from(persistent));
             self.host_to_device = Bytes((fetched_weights + streamed * (persistent - 1)) * self.chunk.0);
             self.device_to_host = Bytes((away - streamed.min(away) + streamed * persistent) * self.chunk.0);
@@ -130,11 +133,12 @@ fn synthetic_trace(program: &Program, layout: &Layout, lives_there: &dyn Fn(Chun
     let ids = |access: Vec<(ChunkId, patrickstar_actors::Access)>| -> Vec<ChunkId> {
         access.into_iter().map(|(chunk, _)| chunk).filter(|&chunk| !lives_there(chunk)).collect()
     };
-    for block in 0..last {
-        recorder.access(&ids(program.forward_access(layout, block)));
-    }
-    for block in (0..=last).rev() {
-        recorder.access(&ids(program.backward_access(layout, block)));
+    let passes = (0..last).map(|block| (block, program.forward_access(layout, block)));
+    for (block, access) in passes.chain((0..=last).rev().map(|block| (block, program.backward_access(layout, block)))) {
+        match program.tiers[block] {
+            Tier::Device => recorder.access(&ids(access)),
+            Tier::Host | Tier::Disk => recorder.access_on_host(&ids(access)),
+        };
     }
     recorder.finish()
 }

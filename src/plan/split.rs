@@ -36,6 +36,7 @@ impl Plan {
             persistent: precision.persistent_kinds().iter().map(|&kind| self.layout.parts(kind)).sum(),
             together: config.train.clip_norm > 0.0 || precision.scales_loss(),
             tight: false,
+            looked_up: self.looked_up_groups,
         }
     }
 
@@ -58,10 +59,7 @@ impl Plan {
         let layers = self.layers as usize;
         let room = |keeping: Keeping| self.room(config, non_model(keeping));
         if config.train.recompute == Recompute::Auto {
-            let fits = |keeping: &Keeping| {
-                let room = room(*keeping);
-                room.most_resident() == room.groups
-            };
+            let fits = |keeping: &Keeping| room(*keeping).holds_all();
             let all = Keeping { layers, ..Keeping::default() };
             if fits(&all) {
                 return all;
@@ -124,12 +122,17 @@ impl Plan {
         let costs = self.costs(config, self.kept_layers);
         let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / self.room.groups.max(1);
         let stepped = meanwhile.as_secs_f64() / costs.host_step.as_secs_f64().max(1e-9);
-        away.saturating_sub(stepped as u32).max(LEAST_GRADIENTS.min(away))
+        away.saturating_sub(stepped as u32).max(self.least_gradients().min(away))
+    }
+
+    /// Gradients for which host memory must have room: those of rows that are looked up there come all at once.
+    fn least_gradients(&self) -> u32 {
+        LEAST_GRADIENTS.max(self.looked_up_groups)
     }
 
     /// The side of each group.
     pub fn sides(&self) -> Vec<Side> {
-        spread_sides(self.layout.group_count() as u32, self.split.resident, self.split.streamed)
+        spread_sides(self.layout.group_count() as u32, self.looked_up_groups, self.split.resident, self.split.streamed)
     }
 
     /// Slots in host memory: what the tier must have, and what it can use.
@@ -140,7 +143,7 @@ impl Plan {
         let states = room.persistent * away + spare;
         // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
         // place for them the model waits.
-        let gradients = if room.together { away } else { away.min(LEAST_GRADIENTS) };
+        let gradients = if room.together { away } else { away.min(self.least_gradients()) };
         // A neighbour may take some of the device: residents then need a place.
         let homeless =
             (device.0 / 4 / self.chunk.0.max(1)).min(u64::from(room.persistent * self.split.resident)) as u32;

@@ -30,7 +30,7 @@ impl Plan {
                 Bytes(non_model),
             ));
         }
-        let host_need = (self.room.persistent + 1).max(self.working_set_chunks) + 2;
+        let host_need = (self.room.persistent + 1).max(self.working_set_chunks).max(self.looked_up_chunks) + 2;
         if host < host_need.min(needed) {
             self.problems.push(format!(
                 "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",

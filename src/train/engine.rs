@@ -124,7 +124,7 @@ impl Engine {
     /// As `new`, without any state.
     fn uninitialised(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         config.validate()?;
-        let program = Program::new(&blocks)?;
+        let program = Program::new(&blocks, config.model.embedding)?;
         let plan = Plan::new(&config, &program)?;
         if let Some(reason) = plan.refusal() {
             return Err(Error::DoesNotFit(reason));
@@ -145,10 +145,11 @@ impl Engine {
         let params = program
             .uses
             .iter()
-            .map(|uses| {
+            .zip(&program.tiers)
+            .map(|(uses, &tier)| {
                 Params::new(uses.iter().map(|&tensor| {
                     let spec = &program.parameters[tensor.0 as usize];
-                    Param::new(&spec.name, &spec.shape, precision, spec.tile_rows)
+                    Param::new(&spec.name, &spec.shape, precision, spec.tile_rows).in_tier(tier)
                 }))
             })
             .collect();
@@ -224,7 +225,8 @@ impl Engine {
     pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, Error> {
         let mut value = input.clone();
         for block in 0..self.blocks.len() {
-            let lease = self.runtime.access_untraced(self.program.forward_access(self.runtime.layout(), block))?;
+            let chunks = self.program.forward_access(self.runtime.layout(), block);
+            let lease = self.runtime.access_untraced(self.program.tiers[block], chunks)?;
             self.bind(&lease, block, false)?;
             let context = Context {
                 seed: self.config.train.seed,
@@ -266,7 +268,7 @@ impl Engine {
         };
         let pass = if with_gradients { "backward" } else { "forward" };
         let name = &self.program.names[block];
-        let lease = self.runtime.access(|| format!("{pass} {name}"), chunks)?;
+        let lease = self.runtime.access(|| format!("{pass} {name}"), self.program.tiers[block], chunks)?;
         self.bind(&lease, block, with_gradients)?;
         Ok(lease)
     }

@@ -1,11 +1,12 @@
 //! What a list of blocks means for the chunk runtime: the parameters in definition order, and who uses which.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use patrickstar_actors::Access;
 use patrickstar_actors::chunk::{Layout, TensorSpec};
-use patrickstar_actors::types::{ChunkId, Kind, TensorId};
+use patrickstar_actors::types::{ChunkId, GroupId, Kind, TensorId, Tier};
 
+use crate::config::Embedding;
 use crate::error::Error;
 use crate::model::block::{Block, ParameterSpec};
 
@@ -18,11 +19,14 @@ pub struct Program {
     pub uses: Vec<Vec<TensorId>>,
     /// Names of the blocks.
     pub names: Vec<String>,
+    /// Where each block's parameters lie while it runs.
+    pub tiers: Vec<Tier>,
 }
 
 impl Program {
-    /// Collects the parameters of `blocks`; a name that several blocks list is one tied parameter.
-    pub fn new(blocks: &[Box<dyn Block>]) -> Result<Self, Error> {
+    /// Collects the parameters of `blocks`; a name that several blocks list is one tied parameter. Blocks that look up rows do
+    /// it where `embedding` says.
+    pub fn new(blocks: &[Box<dyn Block>], embedding: Embedding) -> Result<Self, Error> {
         let mut parameters: Vec<ParameterSpec> = Vec::new();
         let mut by_name: HashMap<String, usize> = HashMap::new();
         let mut uses = Vec::with_capacity(blocks.len());
@@ -50,7 +54,19 @@ impl Program {
         if blocks.is_empty() {
             return Err(Error::Model("a model needs at least one block".into()));
         }
-        Ok(Program { parameters, uses, names: blocks.iter().map(|block| block.name().to_owned()).collect() })
+        let tier = |looks_up: bool| match embedding {
+            Embedding::Host if looks_up => Tier::Host,
+            Embedding::Host | Embedding::Device => Tier::Device,
+        };
+        let tiers: Vec<Tier> = blocks.iter().map(|block| tier(block.looks_up())).collect();
+        if embedding == Embedding::Host && !tiers.contains(&Tier::Host) {
+            return Err(Error::Model(
+                "model.embedding = \"host\" needs a block that only looks up rows, and says so by `looks_up`: this model has none, \
+                 set model.embedding = \"device\""
+                    .into(),
+            ));
+        }
+        Ok(Program { parameters, uses, names: blocks.iter().map(|block| block.name().to_owned()).collect(), tiers })
     }
 
     /// The parameters as the layout wants them.
@@ -67,9 +83,15 @@ impl Program {
             .collect()
     }
 
-    /// For each block the indices of its tensors, for the chunk-size search.
+    /// Blocks whose parameters lie in `tier` while they run.
+    fn blocks_in(&self, tier: Tier) -> impl Iterator<Item = usize> {
+        (0..self.uses.len()).filter(move |&block| self.tiers[block] == tier)
+    }
+
+    /// For each block that runs on the device the indices of its tensors, for the chunk-size search.
     pub fn working_sets(&self) -> Vec<Vec<usize>> {
-        self.uses.iter().map(|used| used.iter().map(|tensor| tensor.0 as usize).collect()).collect()
+        let tensors = |block: usize| self.uses[block].iter().map(|tensor| tensor.0 as usize).collect();
+        self.blocks_in(Tier::Device).map(tensors).collect()
     }
 
     /// Chunks of `kind` that `block` needs, without repetition.
@@ -106,9 +128,23 @@ impl Program {
         uses
     }
 
-    /// Chunks of the largest access.
-    pub fn working_set_chunks(&self, layout: &Layout) -> u32 {
-        (0..self.uses.len()).map(|block| self.backward_access(layout, block).len() as u32).max().unwrap_or(0)
+    /// Chunks of the largest access in `tier`.
+    pub fn working_set_chunks(&self, layout: &Layout, tier: Tier) -> u32 {
+        self.blocks_in(tier).map(|block| self.backward_access(layout, block).len() as u32).max().unwrap_or(0)
+    }
+
+    /// How many of the first groups are used in host memory.
+    pub fn looked_up_groups(&self, layout: &Layout) -> u32 {
+        let used: Vec<TensorId> =
+            self.blocks_in(Tier::Host).flat_map(|block| self.uses[block].iter().copied()).collect();
+        let is_used = |&group: &GroupId| layout.group_tiles(group).iter().any(|tile| used.contains(&tile.tensor));
+        (0..layout.group_count() as u32).map(GroupId).take_while(is_used).count() as u32
+    }
+
+    /// Groups into whose gradients blocks on the device accumulate.
+    pub fn groups_on_device(&self, layout: &Layout) -> u32 {
+        let chunks = self.blocks_in(Tier::Device).flat_map(|block| self.chunks_of(layout, block, Kind::Gradient));
+        chunks.collect::<BTreeSet<_>>().len() as u32
     }
 
     /// Parameters, tied ones once.

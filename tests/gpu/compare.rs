@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
-use patrickstar_actors::types::Precision;
+use patrickstar_actors::types::{Precision, Tier};
 
 use crate::gpu;
 use crate::harness::{Op, Owned, Place, run_from};
@@ -112,6 +112,15 @@ fn outcome(place: &Place, values: Precision, x: &Tensor, specs: &[Spec], op: Op<
 /// time on the GPU with the same bits.
 pub fn compare(precision: Precision, name: &str, x: &Tensor, specs: &[Spec], inner: u32, op: Op<'_>) {
     compare_above(precision, name, x, specs, (inner, 0.0), op);
+}
+
+/// An operation that looks up rows, with its tables on the GPU and in host memory: the same bits.
+pub fn compare_places(precision: Precision, name: &str, x: &Tensor, specs: &[Spec], op: Op<'_>) {
+    let on_device = outcome(&gpu(precision), precision, x, specs, op);
+    let on_host = outcome(&Place { tier: Tier::Host, ..gpu(precision) }, precision, x, specs, op);
+    for ((part, first), (_, second)) in on_device.parts(specs).into_iter().zip(on_host.parts(specs)) {
+        assert_same_bits(&format!("{name} of {:?} {specs:?} in {precision:?}, {part}", x.dims()), first, second);
+    }
 }
 
 /// As [`compare`], for operations whose rounding is relative to numbers of size `scale` though the result may be smaller.

@@ -7,8 +7,8 @@ use patrickstar::model::tape::Tape;
 use patrickstar_actors::types::Precision;
 
 use crate::compare::{
-    HEAD, TAILS, assert_same_bits, compare, compare_above, ids, input, near, noise, representable, targets, tolerance,
-    whole,
+    HEAD, TAILS, assert_same_bits, compare, compare_above, compare_places, ids, input, near, noise, representable,
+    targets, tolerance, whole,
 };
 use crate::harness::{Op, Owned, Place, context, floats_of};
 use crate::{PRECISIONS, gpu, sizes};
@@ -196,6 +196,7 @@ fn embeddings() {
                     let specs = [("table", vec![vocabulary, width], rows)];
                     let op: Op<'_> = &|ids, p, _| ops::embedding(ids, &p[0]);
                     compare(precision, "embedding", &ids(tokens, vocabulary), &specs, 0, op);
+                    compare_places(precision, "embedding", &ids(tokens, vocabulary), &specs, op);
                 }
             }
         }
@@ -210,7 +211,9 @@ fn positions() {
                 for rows in [time + 5, tile(time + 5)] {
                     let specs = [("positions", vec![time + 5, width], rows)];
                     let x = input(precision, &[batch, time, width]);
-                    compare(precision, "positions", &x, &specs, 0, &|x, p, _| ops::positional_embedding(x, &p[0]));
+                    let op: Op<'_> = &|x, p, _| ops::positional_embedding(x, &p[0]);
+                    compare(precision, "positions", &x, &specs, 0, op);
+                    compare_places(precision, "positions", &x, &specs, op);
                 }
             }
         }

@@ -24,7 +24,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use harness::Place;
 use patrickstar::model::compute::Compute;
 use patrickstar::model::cuda::CudaOps;
-use patrickstar_actors::types::Precision;
+use patrickstar_actors::types::{Precision, Tier};
 
 const PRECISIONS: [Precision; 3] = [Precision::Fp32, Precision::Bf16, Precision::Fp16];
 
@@ -44,7 +44,7 @@ fn ops() -> Arc<CudaOps> {
 }
 
 fn gpu(precision: Precision) -> Place {
-    Place { compute: Compute::Cuda(ops()), precision }
+    Place { compute: Compute::Cuda(ops()), precision, tier: Tier::Device }
 }
 
 /// `all`, or every fifth for slow checkers.

@@ -12,7 +12,7 @@ use patrickstar::model::compute::Compute;
 use patrickstar::model::param::{Param, ParamTile};
 use patrickstar::model::tape::{Activation, Tape};
 use patrickstar::{Context, Init, model::rng};
-use patrickstar_actors::types::{Precision, Step};
+use patrickstar_actors::types::{Precision, Step, Tier};
 
 /// Where operations run, and what weights are stored as. On the host activations are fp32; on a GPU they have the type of
 /// the weights.
@@ -20,6 +20,8 @@ use patrickstar_actors::types::{Precision, Step};
 pub struct Place {
     pub compute: Compute,
     pub precision: Precision,
+    /// Where parameters lie; not on the device for operations that look up rows in host memory.
+    pub tier: Tier,
 }
 
 /// A parameter in a vector, and its gradient.
@@ -42,7 +44,7 @@ struct Bound {
 
 impl Place {
     pub fn host(precision: Precision) -> Self {
-        Place { compute: Compute::Cpu, precision }
+        Place { compute: Compute::Cpu, precision, tier: Tier::Device }
     }
 
     pub fn is_host(&self) -> bool {
@@ -157,8 +159,9 @@ impl Owned {
     }
 
     fn bind(&mut self, place: &Place, gradients: bool) -> Bound {
-        let bound = if place.is_host() { self.bind_host(gradients) } else { self.bind_device(place, gradients) };
-        let (param, tiles) = (bound.0, bound.1);
+        let in_vectors = place.is_host() || place.tier == Tier::Host;
+        let bound = if in_vectors { self.bind_host(gradients) } else { self.bind_device(place, gradients) };
+        let (param, tiles) = (bound.0.in_tier(place.tier), bound.1);
         // SAFETY: host tiles lie in the vectors, which no test drops before the parameter, and device tiles in the tensors
         // kept beside it.
         unsafe { param.bind(tiles) };

@@ -9,6 +9,8 @@ use crate::types::{ChunkId, Moment};
 pub struct Trace {
     accesses: Vec<Vec<ChunkId>>,
     uses: BTreeMap<ChunkId, Vec<u32>>,
+    /// Of what is read where it lies in host memory.
+    uses_on_host: BTreeMap<ChunkId, Vec<u32>>,
 }
 
 /// Builds a [`Trace`] while a step runs.
@@ -38,6 +40,15 @@ impl TraceRecorder {
         Moment(moment)
     }
 
+    /// Records a moment that needs `chunks` in host memory, and nothing on the device.
+    pub fn access_on_host(&mut self, chunks: &[ChunkId]) -> Moment {
+        let moment = self.access(&[]);
+        for &chunk in chunks {
+            self.trace.uses_on_host.entry(chunk).or_default().push(moment.0);
+        }
+        moment
+    }
+
     /// The trace of everything recorded.
     pub fn finish(self) -> Trace {
         self.trace
@@ -58,7 +69,16 @@ impl Trace {
     /// Moments until `chunk` is next needed, into the next step if it must be; `None` if it never is. With `inclusive`
     /// an access at `now` is at distance 0.
     pub fn distance_to_next_use(&self, chunk: ChunkId, now: Moment, inclusive: bool) -> Option<u32> {
-        let uses = self.uses.get(&chunk)?;
+        self.distance(self.uses.get(&chunk)?, now, inclusive)
+    }
+
+    /// As [`Trace::distance_to_next_use`], on the device or in host memory.
+    pub fn distance_to_any_use(&self, chunk: ChunkId, now: Moment) -> Option<u32> {
+        let uses = [&self.uses, &self.uses_on_host].into_iter().filter_map(|uses| uses.get(&chunk));
+        uses.filter_map(|uses| self.distance(uses, now, false)).min()
+    }
+
+    fn distance(&self, uses: &[u32], now: Moment, inclusive: bool) -> Option<u32> {
         let index = uses.partition_point(|&moment| moment < now.0 || (!inclusive && moment == now.0));
         let wrapped = uses.first().map(|first| first + self.accesses.len() as u32);
         uses.get(index).copied().or(wrapped).map(|next| next.saturating_sub(now.0))
@@ -110,5 +130,19 @@ mod tests {
         let upcoming: Vec<_> = trace.upcoming(Moment(1), 9).map(|(distance, chunk)| (distance, chunk.0)).collect();
         assert_eq!(upcoming, [(1, 0), (2, 1), (3, 2)]);
         assert_eq!(TraceRecorder::new().finish().upcoming(Moment(0), 5).count(), 0);
+    }
+
+    #[test]
+    fn what_is_read_in_host_memory_is_not_needed_on_the_device() {
+        let mut recorder = TraceRecorder::new();
+        recorder.access_on_host(&[ChunkId(0), ChunkId(1)]);
+        recorder.access(&[ChunkId(1)]);
+        recorder.access(&[ChunkId(2)]);
+        let trace = recorder.finish();
+        assert_eq!((trace.moments(), trace.at(Moment(0)), trace.chunks().count()), (3, &[][..], 2));
+        assert_eq!(trace.distance_to_next_use(ChunkId(0), Moment(1), false), None);
+        assert_eq!(trace.distance_to_any_use(ChunkId(0), Moment(1)), Some(2));
+        assert_eq!(trace.distance_to_any_use(ChunkId(1), Moment(0)), Some(1));
+        assert_eq!(trace.distance_to_any_use(ChunkId(2), Moment(0)), Some(2));
     }
 }

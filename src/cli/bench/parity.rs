@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint;
-use crate::config::{Boundaries, Config, Placement, Policy, Recompute, Schedule, Size};
+use crate::config::{Boundaries, Config, Embedding, Placement, Policy, Recompute, Schedule, Size};
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
@@ -127,6 +127,23 @@ fn variants(base: &Config) -> Vec<Variant> {
     variants
 }
 
+/// Rows of the embedding looked up in host memory, wherever its states live.
+fn lookups(base: &Config) -> Vec<Variant> {
+    let mut variants = Vec::new();
+    for placement in [Placement::Device, Placement::Host, Placement::Hybrid] {
+        for slots in [TIGHT, 30, 10_000] {
+            let mut config = base.clone();
+            config.model.embedding = Embedding::Host;
+            config.memory.device = device(&config, slots);
+            config.actors.optimizer.placement = placement;
+            let tied = if config.model.tied { "tied" } else { "untied" };
+            let name = format!("{tied} embedding in host memory, {placement} stepping, {slots} chunks");
+            variants.push(Variant { name, config, kill: None, resume_after: None });
+        }
+    }
+    variants
+}
+
 /// Every actor killed once, and an interrupted run.
 fn special(base: &Config) -> Vec<Variant> {
     let small = |name: String, kill, resume_after| {
@@ -238,15 +255,20 @@ pub fn run() -> Result<(Value, bool), Error> {
     for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
         for (clip_norm, micro_batches) in [(1.0, 1), (0.0, 4)] {
             let base = base(precision, clip_norm, micro_batches);
-            let resident = Variant { name: "resident".into(), config: base.clone(), kill: None, resume_after: None };
-            let reference = train(&resident)?;
-            for variant in variants(&base).into_iter().chain(special(&base)) {
-                let what = format!("{precision:?}, clip {clip_norm}, {micro_batches} micro-batches, {}", variant.name);
-                let outcome = train(&variant).map_err(|error| Error::Failed(format!("{what}: {error}")))?;
-                runs += 1;
-                worst = worst.max(distance(&outcome, &reference));
-                if outcome != reference {
-                    different.push(what);
+            let mut untied = base.clone();
+            untied.model.tied = false;
+            let tied = [variants(&base), lookups(&base), special(&base)].into_iter().flatten().collect();
+            for (config, variants) in [(base, tied), (untied.clone(), lookups(&untied))] {
+                let reference = train(&Variant { name: "resident".into(), config, kill: None, resume_after: None })?;
+                for variant in variants {
+                    let name = &variant.name;
+                    let what = format!("{precision:?}, clip {clip_norm}, {micro_batches} micro-batches, {name}");
+                    let outcome = train(&variant).map_err(|error| Error::Failed(format!("{what}: {error}")))?;
+                    runs += 1;
+                    worst = worst.max(distance(&outcome, &reference));
+                    if outcome != reference {
+                        different.push(what);
+                    }
                 }
             }
         }

@@ -6,10 +6,10 @@ use patrickstar_actors::types::Precision;
 
 use super::ops::{CudaOps, kernel};
 use crate::model::ops::embedding::sorted_positions;
-use crate::model::param::Param;
+use crate::model::param::{Param, ParamTile};
 
 /// Positions of one token that are summed in one go; see `embedding.cu`.
-const SEGMENT: usize = 32;
+pub(super) const SEGMENT: usize = 32;
 /// Marks a segment whose sum is one of several of its token.
 const PARTIAL: u32 = 1 << 31;
 /// Warps of a block.
@@ -65,6 +65,9 @@ pub(super) fn dtype_of(param: &Param) -> DType {
 impl CudaOps {
     /// Rows of `table` for `ids`.
     pub(crate) fn embedding_forward(&self, ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
+        if table.is_in_host_memory() {
+            return self.gather(ids, dims, table);
+        }
         let (width, dtype) = (table.columns(), dtype_of(table));
         let on_device = self.upload(ids)?;
         let y = self.uninitialised([dims, &[width]].concat(), dtype)?;
@@ -91,6 +94,9 @@ impl CudaOps {
 
     /// Adds the rows of `dy` to the gradient of `table`; those of one token in order of position.
     pub(crate) fn embedding_backward(&self, dy: &Tensor, ids: &[u32], table: &Param) -> Result<()> {
+        if table.is_in_host_memory() {
+            return self.add_gathered(dy, ids, table);
+        }
         let (width, dtype) = (table.columns(), dy.dtype());
         let order = sorted_positions(ids);
         let runs: Vec<&[u32]> = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]).collect();
@@ -151,7 +157,13 @@ impl CudaOps {
         let (batch, time, width) = x.dims3()?;
         let dtype = x.dtype();
         let y = self.uninitialised(x.shape(), dtype)?;
-        for tile in self.tiles(table)?.iter().filter(|tile| tile.row_start < time) {
+        let (_visiting, tiles) = if table.is_in_host_memory() {
+            let (visiting, tile) = self.visiting_rows(time, table)?;
+            (Some(visiting), vec![tile])
+        } else {
+            (None, self.tiles(table)?)
+        };
+        for tile in tiles.iter().filter(|tile| tile.row_start < time) {
             let count = tile.rows.min(time - tile.row_start);
             let args = [
                 self.pointer(x)?,
@@ -175,25 +187,29 @@ impl CudaOps {
 
     /// Adds the sum of `dy` over sequences to the gradient of `table`.
     pub(crate) fn positions_backward(&self, dy: &Tensor, table: &Param) -> Result<()> {
-        let (batch, time, width) = dy.dims3()?;
-        for tile in self.tiles(table)?.iter().filter(|tile| tile.row_start < time && !tile.gradient.is_null()) {
-            let count = tile.rows.min(time - tile.row_start);
-            let args = [
-                self.pointer(dy)?,
-                Arg::Pointer(tile.gradient as u64),
-                Arg::U64(batch as u64),
-                Arg::I32(time as i32),
-                Arg::I32(width as i32),
-                Arg::I32(tile.row_start as i32),
-                Arg::I32(count as i32),
-            ];
-            self.launch(
-                &self.embedding,
-                kernel!(dy.dtype(), "positions_backward"),
-                row_grid(count, width, dy.dtype(), 512),
-                &args,
-            )?;
+        let time = dy.dims3()?.1;
+        if table.is_in_host_memory() {
+            return self.visit_gradient(time, table, |tile| self.add_positions_gradient(dy, tile));
         }
-        Ok(())
+        let tiles = self.tiles(table)?;
+        let wanted = tiles.iter().filter(|tile| tile.row_start < time && !tile.gradient.is_null());
+        wanted.into_iter().try_for_each(|tile| self.add_positions_gradient(dy, tile))
+    }
+
+    /// Adds the sum of `dy` over sequences to the gradient of a tile.
+    fn add_positions_gradient(&self, dy: &Tensor, tile: &ParamTile) -> Result<()> {
+        let (batch, time, width) = dy.dims3()?;
+        let count = tile.rows.min(time - tile.row_start);
+        let args = [
+            self.pointer(dy)?,
+            Arg::Pointer(tile.gradient as u64),
+            Arg::U64(batch as u64),
+            Arg::I32(time as i32),
+            Arg::I32(width as i32),
+            Arg::I32(tile.row_start as i32),
+            Arg::I32(count as i32),
+        ];
+        let grid = row_grid(count, width, dy.dtype(), 512);
+        self.launch(&self.embedding, kernel!(dy.dtype(), "positions_backward"), grid, &args)
     }
 }

@@ -1,6 +1,7 @@
 //! The operations on an NVIDIA GPU: own kernels for what moves memory, cuBLASLt for products, tensors by candle.
 //!
-//! Everything is queued on one stream, in the order of the calls; nothing here waits for the GPU. Sums have a fixed
+//! Everything is queued on one stream, in the order of the calls; nothing here waits for the GPU but what adds to a gradient
+//! in host memory. Sums have a fixed
 //! order, so results have the same bits in every run.
 
 mod activation;
@@ -8,6 +9,7 @@ mod attention;
 mod cross_entropy;
 mod embedding;
 mod linear;
+mod lookup;
 mod matmul;
 mod norm;
 mod ops;

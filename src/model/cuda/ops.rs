@@ -231,10 +231,40 @@ impl CudaOps {
     /// Copies numbers to the device, after what is queued so far.
     pub(super) fn upload(&self, values: &[u32]) -> Result<Tensor> {
         let tensor = self.uninitialised(values.len(), DType::U32)?;
-        let mut staging = self.staging.lock().map_err(message)?;
+        let bytes: &[u8] = bytemuck::cast_slice(values);
         // SAFETY: the tensor was just made for these values; its memory is freed in the order of the stream.
-        unsafe { staging.upload(values, self.address(&tensor)?)? };
+        unsafe {
+            self.bring(bytes.len(), self.address(&tensor)?, |place| {
+                place.copy_from_slice(bytes);
+                Ok(())
+            })?;
+        }
         Ok(tensor)
+    }
+
+    /// Copies what `fill` writes, all of `bytes`, to the device, after what is queued so far.
+    ///
+    /// # Safety
+    /// `target` must have room for so many bytes in device memory until the stream has passed the copy.
+    pub(super) unsafe fn bring(
+        &self,
+        bytes: usize,
+        target: u64,
+        fill: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut staging = self.staging.lock().map_err(message)?;
+        // SAFETY: by this function's contract.
+        unsafe { staging.upload(bytes, target, fill) }
+    }
+
+    /// Passes `bytes` that lie at `source` on the device to `read`, after waiting for what is queued so far.
+    ///
+    /// # Safety
+    /// So many bytes must be in device memory at `source` when everything queued is done.
+    pub(super) unsafe fn fetch(&self, source: u64, bytes: usize, read: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
+        let mut staging = self.staging.lock().map_err(message)?;
+        // SAFETY: by this function's contract.
+        unsafe { staging.download(source, bytes, read) }
     }
 
     /// The address of a contiguous tensor on this device.

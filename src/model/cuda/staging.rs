@@ -1,4 +1,4 @@
-//! Small uploads (token ids, targets, orders of sums) through pinned memory.
+//! Small uploads (token ids, targets, orders of sums), and rows of tables in host memory, through pinned memory.
 //!
 //! A copy from ordinary memory makes the driver wait, on a spinning core, until the device gets to it. From pinned memory
 //! it is queued like a kernel; the bytes must then stay where they are until the copy is over, which is what the ring
@@ -44,24 +44,40 @@ impl Staging {
         })
     }
 
-    /// Queues a copy of `values` to `target`.
+    /// Queues a copy of what `fill` writes, all of `bytes`, to `target`.
     ///
     /// # Safety
-    /// `target` must have room for `values` in device memory until the stream has passed the copy.
-    pub unsafe fn upload(&mut self, values: &[u32], target: u64) -> Result<()> {
-        let bytes: &[u8] = bytemuck::cast_slice(values);
-        let range = self.reserve(bytes.len())?;
-        // SAFETY: `reserve` gives a range of the ring that no pending copy reads.
-        let staged = unsafe {
-            let place = self.base.add(range.start);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len());
-            std::slice::from_raw_parts(place, bytes.len())
-        };
+    /// `target` must have room for so many bytes in device memory until the stream has passed the copy.
+    pub unsafe fn upload(
+        &mut self,
+        bytes: usize,
+        target: u64,
+        fill: impl FnOnce(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let range = self.reserve(bytes)?;
+        // SAFETY: `reserve` gives a range of the ring that no pending copy reads; the memory was cleared when it was made.
+        let staged = unsafe { std::slice::from_raw_parts_mut(self.base.add(range.start), bytes) };
+        fill(staged)?;
         // SAFETY: the caller vouches for the target; the source stays until the event below.
         unsafe { result::memcpy_htod_async(target, staged, self.stream.cu_stream()) }.map_err(message)?;
         let event = self.stream.record_event(Some(CU_EVENT_BLOCKING_SYNC)).map_err(message)?;
         self.pending.push_back((range, event));
         Ok(())
+    }
+
+    /// Copies `bytes` from `source`, waits until they are there, and passes them to `read`.
+    ///
+    /// # Safety
+    /// So many bytes must be in device memory at `source` when the stream gets to the copy.
+    pub unsafe fn download(&mut self, source: u64, bytes: usize, read: impl FnOnce(&[u8]) -> Result<()>) -> Result<()> {
+        let range = self.reserve(bytes)?;
+        // SAFETY: as in `upload`.
+        let staged = unsafe { std::slice::from_raw_parts_mut(self.base.add(range.start), bytes) };
+        // SAFETY: the caller vouches for the source; nobody else gets the range before the copy is over.
+        unsafe { result::memcpy_dtoh_async(staged, source, self.stream.cu_stream()) }.map_err(message)?;
+        let event = self.stream.record_event(Some(CU_EVENT_BLOCKING_SYNC)).map_err(message)?;
+        event.synchronize().map_err(message)?;
+        read(staged)
     }
 
     fn reserve(&mut self, bytes: usize) -> Result<std::ops::Range<usize>> {
@@ -110,6 +126,9 @@ impl Drop for Staging {
 
 fn allocate(bytes: usize) -> Result<*mut u8> {
     // SAFETY: plain pinned memory, freed by whoever holds the address.
-    let address = unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) }.map_err(message)?;
-    Ok(address.cast())
+    let address: *mut u8 =
+        unsafe { result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE) }.map_err(message)?.cast();
+    // SAFETY: just made, so many bytes.
+    unsafe { address.write_bytes(0, bytes) };
+    Ok(address)
 }

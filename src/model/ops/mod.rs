@@ -24,6 +24,7 @@ pub(crate) mod embedding;
 pub(crate) mod gelu;
 mod layer_norm;
 mod linear;
+pub(crate) mod lookup;
 mod rms_norm;
 mod rope;
 pub(crate) mod swiglu;

@@ -43,6 +43,6 @@ pub(super) async fn plan(
 fn predict(mut config: Config) -> Result<PlanAnswer, Error> {
     let tokenizer = Tokenizer::load(&config.data.tokenizer)?;
     let (_, blocks) = build(&mut config, &tokenizer)?;
-    let plan = Plan::new(&config, &Program::new(&blocks)?)?;
+    let plan = Plan::new(&config, &Program::new(&blocks, config.model.embedding)?)?;
     Ok(PlanAnswer { object: "patrickstar.plan", fits: plan.fits(), plan })
 }

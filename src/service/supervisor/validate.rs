@@ -41,6 +41,6 @@ fn prepare(mut config: Config, epochs: Option<u32>, file: &Path) -> Result<Confi
         config.train.steps = (u64::from(epochs) * windows).div_ceil(batch as u64).max(1);
     }
     let (_, blocks) = build(&mut config, &tokenizer)?;
-    let plan = Plan::new(&config, &Program::new(&blocks)?)?;
+    let plan = Plan::new(&config, &Program::new(&blocks, config.model.embedding)?)?;
     plan.refusal().map_or(Ok(config), |refusal| Err(Error::DoesNotFit(refusal)))
 }

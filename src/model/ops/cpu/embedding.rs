@@ -1,25 +1,21 @@
 //! Token and position embeddings, with gradients in a fixed order: tokens of one row are summed in order of position.
 
 use candle_core::{Result, Tensor};
+use patrickstar_actors::adam::widen_fp16;
 use rayon::prelude::*;
 
-use super::access::{accumulate, tensor, wants_gradient, weight_rows, with_slice};
-use crate::model::ops::embedding::sorted_positions;
-use crate::model::param::Param;
+use super::access::{accumulate, tensor, wants_gradient, with_slice};
+use crate::model::ops::lookup::{self, Runs};
+use crate::model::param::{Param, WeightSlice};
 
-/// For each row of a tile its weights, in fp32.
+/// Rows of `table`, in fp32.
 fn gather(table: &Param, ids: &[u32]) -> Result<Vec<f32>> {
-    let width = table.columns();
-    let mut out = vec![0f32; ids.len() * width];
-    for (tile, place) in table.tiles().iter().enumerate() {
-        let (start, rows) = (place.row_start, place.rows);
-        let weights = weight_rows(table, tile, 0, rows)?;
-        out.par_chunks_mut(width).zip(ids).for_each(|(out, &id)| {
-            if let Some(row) = (id as usize).checked_sub(start).filter(|&row| row < rows) {
-                out.copy_from_slice(&weights[row * width..][..width]);
-            }
-        });
-    }
+    let mut out = vec![0f32; ids.len() * table.columns()];
+    lookup::gather(table, ids, &mut out, |row, out| match row {
+        WeightSlice::F32(row) => out.copy_from_slice(row),
+        WeightSlice::Bf16(row) => out.iter_mut().zip(row).for_each(|(out, value)| *out = value.to_f32()),
+        WeightSlice::F16(row) => out.iter_mut().zip(row).for_each(|(out, value)| *out = widen_fp16(value.to_bits())),
+    })?;
     Ok(out)
 }
 
@@ -30,31 +26,9 @@ pub(crate) fn embedding_forward(ids: &[u32], dims: &[usize], table: &Param) -> R
 
 /// Adds the rows of `dy` to the gradient of `table`; those of one token in order of position.
 pub(crate) fn embedding_backward(dy: &Tensor, ids: &[u32], table: &Param) -> Result<()> {
-    if !wants_gradient(table)? {
-        return Ok(());
-    }
-    let width = table.columns();
-    let order = sorted_positions(ids);
-    let runs: Vec<&[u32]> = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]).collect();
-    let sums: Vec<(usize, Vec<f32>)> = with_slice("embedding", &dy.contiguous()?, |dy| {
-        let sums = runs.par_iter().map(|run| {
-            let mut sum = vec![0f32; width];
-            for &position in *run {
-                let dy = &dy[position as usize * width..][..width];
-                sum.iter_mut().zip(dy).for_each(|(sum, dy)| *sum += dy);
-            }
-            (ids[run[0] as usize] as usize, sum)
-        });
-        Ok(sums.collect())
-    })?;
-    let (tiles, mut tile) = (table.tiles(), 0);
-    for (row, sum) in sums {
-        while row >= tiles[tile].row_start + tiles[tile].rows {
-            tile += 1;
-        }
-        accumulate(table, tile, (row - tiles[tile].row_start) * width, &sum)?;
-    }
-    Ok(())
+    with_slice("embedding", &dy.contiguous()?, |dy| {
+        lookup::add_runs(table, &Runs::new(ids, usize::MAX), dy, |&value| value)
+    })
 }
 
 /// Adds row `t` of `table` to `x[.., t, ..]`.

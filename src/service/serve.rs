@@ -20,8 +20,9 @@ use super::store::{FileId, Status, StoreHandle};
 use super::supervisor::Supervisor;
 use crate::telemetry::metrics::{self, Counter, Gauge};
 
-/// How long workers may take to save their checkpoints when the service ends; afterwards they end with it.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// How long workers may take to save their checkpoints when the service ends; afterwards they end with it. A model as large
+/// as host memory takes minutes. A little less than the system unit's `TimeoutStopSec`, so that this ends in order.
+const PATIENCE: Duration = Duration::from_secs(14 * 60);
 /// Exit code of a process that SIGTERM ended, by convention.
 const TERMINATED: i32 = 143;
 

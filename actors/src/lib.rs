@@ -11,6 +11,7 @@
 //! - `monitor`, `eviction`, `copy`, `reduction`, `optimizer`, `supervisor`: one actor a file; `shell` is the thin actix
 //!   part that they have in common, `system` starts them. `planner` is the mind of `eviction`, `updates` the queue of
 //!   `optimizer`.
+//! - [`neighbours`]: who else uses the device, and how it is.
 //! - `idle`: how long the device had nothing to do, and why.
 //! - [`view`]: what observers on other threads see.
 //! - [`runtime`]: the handle that a model uses.
@@ -28,6 +29,7 @@ pub mod health;
 mod idle;
 pub mod memory;
 pub mod monitor;
+pub mod neighbours;
 mod optimizer;
 mod placement;
 mod planner;

@@ -21,6 +21,10 @@ pub trait MemoryProbe: Send + Sync {
     fn live(&self) -> Bytes;
     /// Highest use since the last call, which it resets.
     fn take_peak(&self) -> Bytes;
+    /// Who else holds memory of the device, as was last found: for messages.
+    fn neighbours(&self) -> Option<String> {
+        None
+    }
 }
 
 /// A probe for models whose temporaries do not count.
@@ -139,7 +143,11 @@ impl Monitor {
 
     /// The device's memory changed hands: a neighbour took some, or gave it back.
     pub fn set_device(&mut self, device: Bytes) -> Result<(), RuntimeError> {
-        self.given().device = device;
+        let before = std::mem::replace(&mut self.given().device, device);
+        if device < before {
+            let neighbours = self.probe.neighbours().map(|who| format!(": {who}")).unwrap_or_default();
+            tracing::warn!("the device's budget shrinks from {before} to {device}{neighbours}");
+        }
         let slots = (device.0 / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
         {
             let mut table = self.shared.lock();

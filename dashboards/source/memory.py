@@ -47,6 +47,10 @@ PANELS = [
     graph("Host memory left", "What the process may still take under its control groups and on the machine. Near 0 the "
           "kernel kills it.", "bytes", ("patrickstar_host_available_bytes{JOB}", "{{job_id}}"),
           thresholds=[(None, "red"), (2 << 30, "green")], min=0),
+    graph("Neighbours on the GPU", "What other processes hold of its memory, and what nobody holds, as its driver says. The log "
+          "names them. Empty without a GPU.", "bytes",
+          ("patrickstar_device_neighbour_bytes{JOB}", "{{job_id}} neighbours"),
+          ("patrickstar_device_free_bytes{JOB}", "{{job_id}} free"), min=0),
     graph("Budgets", "What chunks may use now. Budgets shrink when a neighbour takes memory, and chunks are evicted.", "bytes",
           ("patrickstar_memory_budget_bytes{JOB}", "{{job_id}} {{tier}}"), min=0),
 

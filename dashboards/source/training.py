@@ -69,6 +69,18 @@ PANELS = [
           ("rate(patrickstar_checkpoint_duration_seconds_sum{JOB}[1h]) / rate(patrickstar_checkpoint_duration_seconds_count{JOB}[1h])",
            "{{job_id}}"), min=0),
 
+    row("GPU"),
+    graph("Busy and held back", "Share of the time in which a kernel ran, and whether something holds the clocks back: power is "
+          "what a busy GPU runs into, heat and hardware are what to look after.", "percentunit",
+          ("patrickstar_device_busy_ratio{JOB}", "{{job_id}} busy"),
+          ("patrickstar_device_throttled{JOB}", "{{job_id}} held back by {{reason}}"), min=0, max=1),
+    graph("Other processes on the GPU", "How many hold memory of it: each shares its time too.", "none",
+          ("patrickstar_device_neighbours{JOB}", "{{job_id}}"), min=0),
+    graph("Temperature", "Of the chip.", "celsius", ("patrickstar_device_temperature_celsius{JOB}", "{{job_id}}"), min=0),
+    graph("Power", "What the GPU draws: now, and on average by its own counter of energy.", "watt",
+          ("patrickstar_device_power_watts{JOB}", "{{job_id}} now"),
+          ("rate(patrickstar_device_energy_joules_total{JOB}%s)" % RATE, "{{job_id}} average"), min=0),
+
     row("GPU (needs dcgm-exporter)"),
     graph("Tensor cores", "Share of the time in which they worked, as the GPU counts it.", "percentunit",
           ("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "GPU {{gpu}}"), min=0, max=1),

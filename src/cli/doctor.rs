@@ -30,6 +30,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, CliError> {
         memory(),
         cgroup(),
         device(),
+        neighbours(),
         disk(output_dir),
         huge_pages(),
         limits(),
@@ -108,6 +109,27 @@ fn device() -> Check {
         Ok(detail) => info("device", detail),
         Err(error) => Check { name: "device", ok: false, detail: error.to_string() },
     }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn neighbours() -> Check {
+    info("neighbours", "built without cuda: other processes take host memory only")
+}
+
+/// Who else is on the first GPU, and how it is. A run does without knowing.
+#[cfg(feature = "cuda")]
+fn neighbours() -> Check {
+    let reading = match crate::train::device::inspect_gpu(0) {
+        Ok(reading) => reading,
+        Err(error) => return info("neighbours", format!("not known: {error}")),
+    };
+    let mut words = vec![reading.neighbours.to_string()];
+    words.extend(reading.celsius.map(|celsius| format!("{celsius} °C")));
+    words.extend(reading.watts.map(|watts| format!("{watts:.0} W")));
+    words.extend(reading.busy.map(|busy| format!("{:.0} % busy", busy * 100.0)));
+    let throttles = reading.throttles.unwrap_or_default();
+    words.extend(throttles.iter().map(|throttle| format!("held back by {}", throttle.name())));
+    info("neighbours", words.join("; "))
 }
 
 fn disk(dir: PathBuf) -> Check {

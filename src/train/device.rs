@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use patrickstar_actors::memory::{Backend, CpuBackend};
 use patrickstar_actors::monitor::MemoryProbe;
+#[cfg(feature = "cuda")]
+use patrickstar_actors::neighbours::DeviceReading;
 use patrickstar_actors::types::Bytes;
 
 use crate::config::{self, DeviceKind};
@@ -16,6 +18,9 @@ pub(crate) struct Device {
     pub compute: Compute,
     pub backend: Arc<dyn Backend>,
     pub probe: Arc<dyn MemoryProbe>,
+    /// Looks after a GPU for as long as it is used.
+    #[cfg(feature = "cuda")]
+    pub watch: Option<super::watch::Watch>,
 }
 
 /// Measures activations through the counting allocator of this process, where it is installed.
@@ -59,7 +64,13 @@ impl Device {
     }
 
     fn host() -> Self {
-        Device { compute: Compute::Cpu, backend: Arc::new(CpuBackend), probe: Arc::new(AllocatorProbe) }
+        Device {
+            compute: Compute::Cpu,
+            backend: Arc::new(CpuBackend),
+            probe: Arc::new(AllocatorProbe),
+            #[cfg(feature = "cuda")]
+            watch: None,
+        }
     }
 }
 
@@ -96,6 +107,12 @@ pub(crate) fn describe_gpu(ordinal: usize) -> Result<String, Error> {
     ))
 }
 
+/// Who else is on a GPU, and how it is.
+#[cfg(feature = "cuda")]
+pub(crate) fn inspect_gpu(ordinal: usize) -> Result<DeviceReading, Error> {
+    open_ops(ordinal)?.gpu().inspect().map_err(|error| Error::Failed(error.to_string()))
+}
+
 /// What stays free for fragments of the pool.
 #[cfg(feature = "cuda")]
 const SPARE: u64 = 1 << 30;
@@ -119,6 +136,7 @@ fn open_gpu(ordinal: usize) -> Result<Device, Error> {
     Ok(Device {
         backend: Arc::new(CudaBackend::new(Arc::clone(ops.gpu()), Arc::clone(ops.stream()))),
         probe: Arc::new(PoolProbe(Arc::clone(ops.gpu()))),
+        watch: Some(super::watch::Watch::start(Arc::clone(ops.gpu()))?),
         compute: Compute::Cuda(ops),
     })
 }
@@ -139,5 +157,9 @@ impl MemoryProbe for PoolProbe {
             tracing::warn!(%error, "the peak of the memory pool cannot be reset");
         }
         peak
+    }
+
+    fn neighbours(&self) -> Option<String> {
+        self.0.last_inspected().map(|reading| reading.neighbours.to_string())
     }
 }

@@ -86,6 +86,8 @@ pub struct Engine {
     pub(super) compute: Compute,
     program: Program,
     pub(super) runtime: Runtime,
+    #[cfg(feature = "cuda")]
+    _watch: Option<super::watch::Watch>,
     /// Inputs of blocks that wait in host memory.
     pub(super) stash: Stash,
     config: Config,
@@ -160,6 +162,8 @@ impl Engine {
             compute,
             program,
             runtime,
+            #[cfg(feature = "cuda")]
+            _watch: device.watch,
             stash,
             config,
             plan,

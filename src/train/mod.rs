@@ -16,5 +16,7 @@ pub mod save;
 pub mod session;
 mod stash;
 mod states;
+#[cfg(feature = "cuda")]
+mod watch;
 
 pub use engine::{Batch, Engine, MicroBatch, StepReport};

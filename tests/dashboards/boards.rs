@@ -4,8 +4,28 @@ use serde_json::Value;
 
 use crate::{read, repository};
 
-/// Panels whose metrics come from a GPU's own exporter: board and title.
-pub const GPU_ONLY: [(&str, &str); 2] = [("patrickstar-training", "Tensor cores"), ("patrickstar-training", "PCIe")];
+/// Panels whose metrics come from a GPU's driver or its own exporter: board and title.
+pub const GPU_ONLY: [(&str, &str); 7] = [
+    ("patrickstar-memory", "Neighbours on the GPU"),
+    ("patrickstar-training", "Busy and held back"),
+    ("patrickstar-training", "Other processes on the GPU"),
+    ("patrickstar-training", "Temperature"),
+    ("patrickstar-training", "Power"),
+    ("patrickstar-training", "Tensor cores"),
+    ("patrickstar-training", "PCIe"),
+];
+
+/// Metrics that only a GPU's driver can tell.
+pub const OF_GPU: [&str; 8] = [
+    "patrickstar_device_busy_ratio",
+    "patrickstar_device_energy_joules_total",
+    "patrickstar_device_free_bytes",
+    "patrickstar_device_neighbour_bytes",
+    "patrickstar_device_neighbours",
+    "patrickstar_device_power_watts",
+    "patrickstar_device_temperature_celsius",
+    "patrickstar_device_throttled",
+];
 
 pub struct Board {
     pub uid: String,

@@ -16,6 +16,7 @@ mod compare;
 mod derivatives;
 mod kernels;
 mod llama;
+mod neighbours;
 mod streams;
 
 use std::io::Write;

@@ -10,14 +10,17 @@ use cudarc::driver::sys::CUmemPool_attribute::{
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::launch::Kernels;
+use super::nvml::Inspector;
 use super::profile::Profile;
 use crate::memory::MemoryError;
-use crate::types::Bytes;
+use crate::neighbours::DeviceReading;
+use crate::types::{Bytes, Tier};
 
 /// A GPU: its context, its pool, and the kernels of chunk work.
 pub struct Gpu {
     context: Arc<CudaContext>,
     pool: Mutex<Pool>,
+    inspector: Inspector,
     profile: Arc<Profile>,
     pub(crate) kernels: Kernels,
 }
@@ -59,7 +62,8 @@ impl Gpu {
         let pool = unsafe { result::device::get_default_mem_pool(context.cu_device()) }
             .map_err(|error| device_error("find its memory pool", error))?;
         keep_memory(pool)?;
-        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, own: false }), profile, kernels })
+        let inspector = Inspector::new(Arc::clone(&context));
+        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, own: false }), inspector, profile, kernels })
     }
 
     /// From now on candle's memory comes from a pool of at most `limit` bytes: what does not fit is an error of the
@@ -92,6 +96,27 @@ impl Gpu {
     /// The context.
     pub fn context(&self) -> &Arc<CudaContext> {
         &self.context
+    }
+
+    /// Asks the driver's management library who else uses this GPU, and how it is. Takes milliseconds: never on the way of a
+    /// step.
+    pub fn inspect(&self) -> Result<DeviceReading, MemoryError> {
+        self.inspector.read()
+    }
+
+    /// What [`Gpu::inspect`] found last, on whichever thread.
+    pub fn last_inspected(&self) -> Option<DeviceReading> {
+        self.inspector.latest()
+    }
+
+    /// Who has the memory that this process does not get, for an error message.
+    pub fn neighbours(&self) -> String {
+        self.inspect().map_or_else(|error| error.to_string(), |reading| reading.neighbours.to_string())
+    }
+
+    /// What it means that only `have` of `need` bytes can be had.
+    pub(crate) fn insufficient(&self, need: Bytes, have: Bytes) -> MemoryError {
+        MemoryError::Taken { tier: Tier::Device, need, have, neighbours: self.neighbours() }
     }
 
     /// Times of kernels, while somebody asks for them.

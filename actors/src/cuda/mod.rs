@@ -3,6 +3,7 @@
 mod context;
 mod launch;
 mod math;
+mod nvml;
 mod profile;
 
 pub(crate) use context::device_error;

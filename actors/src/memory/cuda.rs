@@ -13,7 +13,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 use super::backend::{Backend, DeviceEvent, DeviceMath, Event, Slab, Stream};
 use super::{Arena, MemoryError, SlotIndex};
 use crate::cuda::{Gpu, device_error};
-use crate::types::{Bytes, Tier};
+use crate::types::Bytes;
 
 /// A GPU as a device tier. `compute` is the stream on which the model's kernels are queued.
 pub struct CudaBackend {
@@ -183,7 +183,7 @@ impl Backend for CudaBackend {
         let need = u64::from(slots) * slot_bytes.0;
         let (free, _) = context.mem_get_info().map_err(|error| device_error("measure its memory", error))?;
         if need > free as u64 {
-            return Err(MemoryError::Insufficient { tier: Tier::Device, need: Bytes(need), have: Bytes(free as u64) });
+            return Err(self.gpu.insufficient(Bytes(need), Bytes(free as u64)));
         }
         // SAFETY: a plain allocation, freed when the slab is dropped.
         let base = unsafe { result::malloc_sync(need as usize) }

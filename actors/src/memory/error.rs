@@ -37,6 +37,20 @@ pub enum MemoryError {
         /// Bytes available.
         have: Bytes,
     },
+    /// The device has less free memory than asked for; nothing was allocated.
+    #[error(
+        "{tier} tier is too small: need {need}, have {have}; {neighbours}; end what is not needed, or lower memory.{tier}"
+    )]
+    Taken {
+        /// The tier.
+        tier: Tier,
+        /// Bytes asked for.
+        need: Bytes,
+        /// Bytes that nobody holds.
+        have: Bytes,
+        /// Who holds others.
+        neighbours: String,
+    },
     /// The system refused the allocation.
     #[error("{tier} tier could not allocate {need}: {source}; lower the budget of this tier")]
     Allocation {
@@ -99,6 +113,16 @@ pub enum MemoryError {
         /// The source.
         name: &'static str,
         /// What the driver said.
+        reason: String,
+    },
+    /// The driver's management library does not answer.
+    #[error(
+        "NVML could not {action}: {reason}; the GPU's free memory is known without it, but neither its neighbours nor its health (libnvidia-ml.so.1 comes with the driver)"
+    )]
+    Inspection {
+        /// What was tried.
+        action: &'static str,
+        /// What it said.
         reason: String,
     },
     /// A device call failed.

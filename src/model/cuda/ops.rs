@@ -185,8 +185,9 @@ impl CudaOps {
                 allocate().map_err(|error| {
                     let bytes = Bytes((elements * dtype.size_in_bytes()) as u64);
                     message(format!(
-                        "the GPU has no {bytes} left for an activation ({}): lower train.batch, raise train.micro_batches, or set train.recompute = \"full\"",
-                        error.to_string().lines().next().unwrap_or_default()
+                        "the GPU has no {bytes} left for an activation ({}; {}): lower train.batch, raise train.micro_batches, or set train.recompute = \"full\"",
+                        error.to_string().lines().next().unwrap_or_default(),
+                        self.gpu.neighbours()
                     ))
                 })?
             }

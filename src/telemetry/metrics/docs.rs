@@ -9,7 +9,8 @@ Written from `src/telemetry/metrics/names.rs` by `UPDATE_DOCS=1 cargo test --tes
 `patrickstar serve` answers these at `/metrics`, its own and those of all running jobs, and
 `patrickstar train --metrics 127.0.0.1:9464` those of its job while it trains. Every series of a job carries `job_id` (of a
 command-line run: the name of its run directory) and is gone when the job's process has ended; those named
-`patrickstar_service_` are the service's own. Seconds are
+`patrickstar_service_` are the service's own. Those of a GPU that its driver has to tell (neighbours, temperature, power) are
+absent where there is none, or no libnvidia-ml. Seconds are
 sums of histograms, one sample a step: `rate(X_sum) / rate(patrickstar_train_step_duration_seconds_sum)` is the share of the
 time that X took. What to look at first, and what to do about it, is in `dashboards/README.md`.
 ";

@@ -4,10 +4,13 @@
 //! - [`registry`]: series of a job or of the process, their upkeep (`upkeep`, `process`) and their end.
 //! - [`listener`]: the endpoint of `train --metrics`.
 //! - [`training`]: fills the series of a job after each step; `chunks` and `memory` are parts of it.
+//! - `device`: fills those of a GPU, now and then.
 //! - [`merge`](fn@merge): one text out of several registries'.
 //! - [`docs`] writes `docs/METRICS.md`.
 
 mod chunks;
+#[cfg(any(test, feature = "cuda"))]
+mod device;
 pub mod docs;
 pub mod listener;
 mod memory;
@@ -18,6 +21,8 @@ pub mod registry;
 pub mod training;
 mod upkeep;
 
+#[cfg(feature = "cuda")]
+pub(crate) use device::show_device;
 pub use merge::merge;
 pub use names::{Counter, Gauge, Histogram};
 pub use registry::{Registry, count, count_with, install, installed, render};

@@ -18,6 +18,12 @@ pub enum Unit {
     Ratio,
     /// Floating-point operations.
     Flops,
+    /// Degrees Celsius.
+    Celsius,
+    /// Watts.
+    Watts,
+    /// Joules.
+    Joules,
     /// A number without a unit: a loss, a norm, a rate of learning.
     Number,
     /// Always 1; the labels say something.
@@ -34,6 +40,9 @@ impl Unit {
             Unit::Timestamp => "seconds since 1970",
             Unit::Ratio => "0 to 1",
             Unit::Flops => "operations",
+            Unit::Celsius => "degrees Celsius",
+            Unit::Watts => "watts",
+            Unit::Joules => "joules",
             Unit::Number => "number",
             Unit::Info => "always 1",
         }
@@ -119,6 +128,8 @@ families! {
             "Messages logged by this process.";
         JobsFinished = "patrickstar_service_jobs_finished_total", Count, ["outcome"],
             "Jobs that ended: succeeded, failed or cancelled.";
+        DeviceEnergy = "patrickstar_device_energy_joules_total", Joules, [],
+            "Energy that the GPU has used since its driver was loaded, in whole joules.";
         AuthFailures = "patrickstar_service_auth_failures_total", Count, [],
             "Requests without a token that is known, where one is needed.";
         RateLimited = "patrickstar_service_rate_limited_total", Count, [],
@@ -181,6 +192,20 @@ families! {
             "Device memory that the job was given, for everything.";
         DevicePeak = "patrickstar_device_peak_bytes", Bytes, [],
             "Most device memory in use at any moment: chunks and non-model memory together.";
+        DeviceFree = "patrickstar_device_free_bytes", Bytes, [],
+            "Memory of the GPU that no process holds.";
+        DeviceNeighbours = "patrickstar_device_neighbours", Count, [],
+            "Other processes that hold memory of the GPU; absent where they cannot be told from this one.";
+        DeviceNeighbourBytes = "patrickstar_device_neighbour_bytes", Bytes, [],
+            "Memory of the GPU that other processes hold; absent where they cannot be told from this one.";
+        DeviceBusy = "patrickstar_device_busy_ratio", Ratio, [],
+            "Share of the last second or so in which any process had a kernel on the GPU.";
+        DeviceTemperature = "patrickstar_device_temperature_celsius", Celsius, [],
+            "Temperature of the GPU.";
+        DevicePower = "patrickstar_device_power_watts", Watts, [],
+            "Power that the GPU draws.";
+        DeviceThrottled = "patrickstar_device_throttled", Count, ["reason"],
+            "Whether the GPU's clocks are held back, 1 or 0, by reason: power, heat, hardware (board or power supply), setting.";
         NonModelBytes = NON_MODEL_BYTES, Bytes, [],
             "Device memory that is not chunks (activations, workspaces), sampled by the monitor while a step runs.";
         NonModelPeak = "patrickstar_non_model_peak_bytes", Bytes, [],
@@ -302,6 +327,9 @@ mod tests {
                 Unit::Timestamp => "_timestamp_seconds",
                 Unit::Ratio => "_ratio",
                 Unit::Flops => "_flops",
+                Unit::Celsius => "_celsius",
+                Unit::Watts => "_watts",
+                Unit::Joules => "_joules",
                 Unit::Info => "_info",
                 Unit::Count | Unit::Number => "",
             };

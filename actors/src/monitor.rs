@@ -6,6 +6,7 @@ use crate::error::RuntimeError;
 use crate::health::ActorName;
 use crate::memory::limits::{Available, available_host_memory};
 use crate::shared::Shared;
+use crate::stats::Pressure;
 use crate::types::{Bytes, Moment, Tier};
 
 /// Gauge of the bytes of chunk slots in use, by `tier`. Whoever collects metrics describes it, and the next two.
@@ -130,7 +131,16 @@ impl Monitor {
             })
             .collect();
         self.published = peaks;
-        *self.shared.moment_budgets.write().unwrap_or_else(PoisonError::into_inner) = Some(budgets);
+        let shrinks = |old: &Vec<u32>| old.iter().zip(&budgets).any(|(old, new)| new < old);
+        let shrunk = {
+            let mut published = self.shared.moment_budgets.write().unwrap_or_else(PoisonError::into_inner);
+            let shrunk = published.as_ref().is_some_and(shrinks);
+            *published = Some(budgets);
+            shrunk
+        };
+        if shrunk {
+            self.shared.lock().stats.count_pressure(Tier::Device, Pressure::Shrink);
+        }
         self.shared.ring();
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::error::RuntimeError;
 use crate::placement::Side;
 use crate::schedule::{Candidate, Policy, StaticSet, choose_victim, plan_prefetch};
 use crate::shared::{EvictionPolicy, Plan, Shared};
-use crate::stats::Reason;
+use crate::stats::{Pressure, Reason};
 use crate::table::{Access, Place, Request, Requester, Table, Urgency};
 use crate::types::{ChunkId, GroupId, Kind, Moment, Tier};
 
@@ -127,6 +127,7 @@ impl<'a> Planner<'a> {
         let mut excess = self.table.used(tier).saturating_sub(budget).saturating_sub(self.leaving(tier));
         while excess > 0 && self.evict_one(tier, None, Urgency::Later)? {
             excess -= 1;
+            self.table.stats.count_pressure(tier, Pressure::Evict);
         }
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use crate::types::Bytes;
+use crate::types::{Bytes, Tier};
 
 /// Direction of a move.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
@@ -90,6 +90,28 @@ impl StallCause {
     }
 }
 
+/// What a tier's budget made happen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pressure {
+    /// The budget became smaller: somebody else took memory, a moment needed more of it, or it was retuned.
+    Shrink,
+    /// A chunk had to leave because the tier was above its budget.
+    Evict,
+}
+
+impl Pressure {
+    /// All of them.
+    pub const ALL: [Pressure; 2] = [Pressure::Shrink, Pressure::Evict];
+
+    /// Name in reports and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Pressure::Shrink => "shrink",
+            Pressure::Evict => "evict",
+        }
+    }
+}
+
 /// Totals since the runtime started; subtract two of them for an interval.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Stats {
@@ -111,6 +133,8 @@ pub struct Stats {
     pub prefetch_late: u64,
     /// Prefetched chunks evicted before use.
     pub prefetch_wasted: u64,
+    /// By `Tier::index` and `Pressure`.
+    pub pressure: [[u64; 2]; 3],
     /// Time in which streams copied, by `Direction`.
     pub busy: [Duration; 5],
     /// Time that the device waited, by `StallCause`.
@@ -129,6 +153,10 @@ impl Stats {
     /// Chunks copied between tiers (zero fills are not copies).
     pub fn chunk_moves(&self) -> u64 {
         self.moves[..4].iter().sum()
+    }
+
+    pub(crate) fn count_pressure(&mut self, tier: Tier, pressure: Pressure) {
+        self.pressure[tier.index()][pressure as usize] += 1;
     }
 
     /// Time that the device waited.
@@ -151,6 +179,7 @@ impl Stats {
             prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,
             prefetch_late: self.prefetch_late - earlier.prefetch_late,
             prefetch_wasted: self.prefetch_wasted - earlier.prefetch_wasted,
+            pressure: std::array::from_fn(|tier| sub(&self.pressure[tier], &earlier.pressure[tier])),
             busy: std::array::from_fn(|i| self.busy[i] - earlier.busy[i]),
             stalls: std::array::from_fn(|i| self.stalls[i] - earlier.stalls[i]),
             stepped_on_device: self.stepped_on_device - earlier.stepped_on_device,

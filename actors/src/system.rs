@@ -19,6 +19,7 @@ use crate::reduction::{GradientReady, Reduction};
 use crate::schedule::Policy;
 use crate::shared::{EvictionPolicy, Shared};
 use crate::shell::{Post, Shell, Worker};
+use crate::stats::Pressure;
 use crate::supervisor::{Adopt, Supervisor};
 use crate::types::{Bytes, Tier};
 use crate::updates::UpdateDue;
@@ -173,7 +174,10 @@ impl ActorSystem {
             let mut table = shared.lock();
             let slots = (host.0 / shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
             let capacity = table.slots[Tier::Host.index()].capacity();
-            table.budget[Tier::Host.index()] = slots.min(capacity);
+            let budget = slots.min(capacity);
+            if budget < std::mem::replace(&mut table.budget[Tier::Host.index()], budget) {
+                table.stats.count_pressure(Tier::Host, Pressure::Shrink);
+            }
         }
         shared.ring();
         Ok(())

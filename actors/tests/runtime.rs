@@ -14,7 +14,7 @@ use patrickstar_actors::memory::CpuBackend;
 use patrickstar_actors::monitor::NoProbe;
 use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart, StepStats};
 use patrickstar_actors::schedule::Policy;
-use patrickstar_actors::stats::Direction;
+use patrickstar_actors::stats::{Direction, Pressure};
 use patrickstar_actors::timeline::Timeline;
 use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, TensorId, Tier};
 use patrickstar_actors::{Access, EvictionPolicy, Retune, SplitCosts, SplitRoom, spread_sides};
@@ -439,6 +439,8 @@ fn a_budget_outlives_the_monitor_that_was_told_of_it() {
         model.step(step).expect("step");
     }
     assert!(model.runtime.tier_use(Tier::Device).budget <= few);
+    let shrunk = model.runtime.stats().pressure[Tier::Device.index()][Pressure::Shrink as usize];
+    assert_eq!(shrunk, 1, "told once, and repeated by a successor");
 }
 
 /// A neighbour takes most of the device and gives it back: residents leave, others pass through, and all come home.
@@ -456,14 +458,17 @@ fn groups_that_change_sides_keep_their_bits() {
                     by_side[0] += stats.stepped_on_device;
                     by_side[1] += stats.stepped_on_host;
                 }
-                (model.states().expect("states"), by_side)
+                let pressure = model.runtime.stats().pressure[Tier::Device.index()];
+                (model.states().expect("states"), by_side, pressure)
             };
             let resident = Case::resident(precision, clip_norm);
-            let (reference, _) = run(&resident, &[1000; 10]);
+            let (reference, _, pressure) = run(&resident, &[1000; 10]);
+            assert_eq!(pressure, [0, 0]);
             let case = Case { device_slots: 60, sides: (4, 0), splits: true, ..resident };
-            let (states, by_side) = run(&case, &[60, 60, 60, 60, 9, 12, 60, 60, 30, 60]);
+            let (states, by_side, [shrunk, evicted]) = run(&case, &[60, 60, 60, 60, 9, 12, 60, 60, 30, 60]);
             assert!(states == reference, "{precision:?} clip {clip_norm}");
             assert!(by_side.iter().all(|&parameters| parameters > 0), "{by_side:?}");
+            assert!(shrunk == 2 && evicted > 0, "{shrunk} {evicted}");
         }
     }
 }

@@ -3,7 +3,7 @@
 from build import graph, row, stat
 
 TITLE = "Memory and chunks"
-VERSION = 2
+VERSION = 3
 DESCRIPTION = "Use of the tiers, moves between them, prefetching, eviction, and the optimizer's two sides."
 RATE = "[$__rate_interval]"
 
@@ -53,6 +53,10 @@ PANELS = [
           ("patrickstar_device_free_bytes{JOB}", "{{job_id}} free"), min=0),
     graph("Budgets", "What chunks may use now. Budgets shrink when a neighbour takes memory, and chunks are evicted.", "bytes",
           ("patrickstar_memory_budget_bytes{JOB}", "{{job_id}} {{tier}}"), min=0),
+
+    graph("What budgets made happen", "shrink: a tier's budget became smaller, because somebody else took memory, a moment "
+          "needed more of it, or it was retuned. evict: a chunk had to leave because its tier was above the budget.", "none",
+          ("sum by (tier, action) (rate(patrickstar_memory_pressure_events_total{JOB}%s))" % RATE, "{{tier}} {{action}}"), min=0),
 
     row("Moves"),
     graph("Bytes moved", "Traffic between tiers by direction.", "Bps",

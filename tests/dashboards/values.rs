@@ -9,7 +9,7 @@ use patrickstar::telemetry::metrics::{Counter, Gauge, Histogram, Registry, Train
 use patrickstar::train::model::{build, to_batch};
 use patrickstar::train::pace::WholeStep;
 use patrickstar::{Batch, Engine};
-use patrickstar_actors::stats::{Direction, Stats};
+use patrickstar_actors::stats::{Direction, Pressure, Stats};
 use patrickstar_actors::types::Tier;
 
 use crate::live::say;
@@ -100,6 +100,10 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
         stats.prefetch_useful as f64
     });
     counted.assert_published(counter(Counter::AdamParameters, "side=\"host\""), |stats| stats.stepped_on_host as f64);
+
+    counted.assert_published(counter(Counter::MemoryPressure, "tier=\"device\",action=\"evict\""), |stats| {
+        stats.pressure[Tier::Device.index()][Pressure::Evict as usize] as f64
+    });
 
     let steps = format!("{}_sum", Histogram::StepDuration.family().name);
     assert!((value(&text, &steps, "") - counted.whole.as_secs_f64()).abs() < 1e-9);

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use patrickstar_actors::ages::Ages;
 use patrickstar_actors::schedule::Policy;
-use patrickstar_actors::stats::{Direction, Reason, StallCause, Stats};
+use patrickstar_actors::stats::{Direction, Pressure, Reason, StallCause, Stats};
 use patrickstar_actors::types::Tier;
 
 use super::names::{Counter, Gauge, Histogram};
@@ -43,6 +43,11 @@ pub(super) fn count(registry: &Registry, engine: &Engine, new: &Stats) {
         [("useful", new.prefetch_useful), ("late", new.prefetch_late), ("wasted", new.prefetch_wasted)]
     {
         registry.counter(Counter::ChunkPrefetches, &[outcome]).increment(count);
+    }
+    for (tier, counts) in Tier::ALL.into_iter().zip(new.pressure) {
+        for (action, count) in Pressure::ALL.into_iter().zip(counts) {
+            registry.counter(Counter::MemoryPressure, &[&tier.to_string(), action.name()]).increment(count);
+        }
     }
     for (side, count) in [("device", new.stepped_on_device), ("host", new.stepped_on_host)] {
         registry.counter(Counter::AdamParameters, &[side]).increment(count);

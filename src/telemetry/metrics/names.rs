@@ -114,6 +114,8 @@ families! {
             "Chunks that the model asked for: hit (in place), miss (had to be brought first, or was on its way).";
         ChunkPrefetches = "patrickstar_chunk_prefetches_total", Count, ["outcome"],
             "Prefetched chunks: useful (there in time), late (compute had to wait), wasted (evicted before use).";
+        MemoryPressure = "patrickstar_memory_pressure_events_total", Count, ["tier", "action"],
+            "What a tier's budget made happen: shrink (it became smaller), evict (a chunk had to leave because the tier was above it).";
         AdamParameters = "patrickstar_adam_parameters_total", Count, ["side"],
             "Parameters stepped by the optimizer, by the side that stepped them.";
         ActorMessages = "patrickstar_actor_messages_total", Count, ["actor"],

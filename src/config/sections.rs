@@ -87,11 +87,22 @@ pub struct Memory {
     /// Bytes of a chunk, a multiple of 4096, or "auto" for the one that wastes least.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub chunk: Size,
+    /// Bytes of device memory that activations which are gone may keep for the next ones of their size; 0 gives all of it back to the driver's pool. Saves host work on a GPU.
+    #[serde(deserialize_with = "bytes")]
+    #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
+    pub buffers: Bytes,
 }
 
 impl Default for Memory {
     fn default() -> Self {
-        Memory { device: Bytes(8_000_000_000), host: Size::Auto, disk: Bytes(0), disk_path: None, chunk: Size::Auto }
+        Memory {
+            device: Bytes(8_000_000_000),
+            host: Size::Auto,
+            disk: Bytes(0),
+            disk_path: None,
+            chunk: Size::Auto,
+            buffers: Bytes(0),
+        }
     }
 }
 

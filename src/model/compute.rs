@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
+use patrickstar_actors::types::Bytes;
 
 /// What one class of kernels took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -33,6 +34,16 @@ impl Compute {
     /// Waits for everything queued.
     pub fn synchronize(&self) -> Result<()> {
         self.device().synchronize()
+    }
+
+    /// From now on up to `limit` bytes of device memory of activations that are gone are kept for the next ones of their
+    /// size; the host's allocator does so by itself.
+    pub fn keep_buffers(&self, _limit: Bytes) -> Result<()> {
+        match self {
+            Compute::Cpu => Ok(()),
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(ops) => ops.keep_buffers(_limit),
+        }
     }
 
     /// Waits for everything queued without keeping a core busy.

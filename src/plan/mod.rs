@@ -184,9 +184,10 @@ impl Plan {
         let non_model = |keeping: Keeping| {
             model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
+        let buffers = if is_cuda(&config.compute) { config.memory.buffers } else { Bytes(0) };
         let reserved = |keeping: Keeping| match &model {
-            Some(_) => reserve(config, non_model(keeping)),
-            None => non_model(keeping),
+            Some(_) => Bytes(reserve(config, non_model(keeping)).0 + buffers.0),
+            None => Bytes(non_model(keeping).0 + buffers.0),
         };
         let layers = program.uses.len().saturating_sub(2);
         let kept = match config.train.recompute {
@@ -266,7 +267,7 @@ impl Plan {
         plan.away_layers = keeping.away as u32;
         plan.reserved = reserved(keeping);
         plan.activations_on_host = model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping));
-        plan.place(config, program, non_model(keeping));
+        plan.place(config, program, Bytes(non_model(keeping).0 + buffers.0));
         Ok(plan)
     }
 

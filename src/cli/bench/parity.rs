@@ -98,6 +98,12 @@ fn variants(base: &Config) -> Vec<Variant> {
             config.memory.device = device(config, slots);
         });
     }
+    for slots in [TIGHT, 10_000] {
+        add(format!("buffers kept, {slots} chunks"), &|config| {
+            config.memory.buffers = Bytes(1 << 20);
+            config.memory.device = Bytes(device(config, slots).0 + config.memory.buffers.0);
+        });
+    }
     for slots in [TIGHT, 17, 20, 26, 40] {
         add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));
     }

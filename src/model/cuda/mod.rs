@@ -6,6 +6,7 @@
 
 mod activation;
 mod attention;
+mod buffers;
 mod cross_entropy;
 mod embedding;
 mod linear;

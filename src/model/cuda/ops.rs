@@ -17,6 +17,7 @@ use half::{bf16, f16};
 use patrickstar_actors::cuda::{Arg, Gpu, Grid, Kernels};
 use patrickstar_actors::types::Bytes;
 
+use super::buffers::Buffers;
 use super::matmul::Products;
 use super::rope::Tables;
 use super::staging::Staging;
@@ -48,6 +49,7 @@ pub struct CudaOps {
     pub(super) products: Mutex<Products>,
     staging: Mutex<Staging>,
     pub(super) rope_tables: Tables,
+    buffers: Mutex<Buffers>,
     /// What one operation's kernels hand to each other; the next operation on the stream may write over it.
     scratch: Mutex<Option<Tensor>>,
     /// Two counters of the attention kernels.
@@ -135,6 +137,7 @@ impl CudaOps {
             products,
             staging,
             rope_tables: Tables::default(),
+            buffers: Mutex::default(),
             scratch: Mutex::default(),
             counters,
             column_counters,
@@ -164,6 +167,10 @@ impl CudaOps {
     pub(crate) fn uninitialised(&self, shape: impl Into<Shape>, dtype: DType) -> Result<Tensor> {
         let shape = shape.into();
         let elements = shape.elem_count();
+        let mut buffers = self.buffers.lock().map_err(message)?;
+        if let Some(again) = buffers.take(&shape, dtype)? {
+            return Ok(again);
+        }
         let allocate = || {
             // SAFETY: callers hand the tensor to a kernel that writes all of it before anybody reads it.
             unsafe {
@@ -180,6 +187,7 @@ impl CudaOps {
             Ok(storage) => storage,
             // Free memory in pieces that are too small becomes whole when nothing is queued any more.
             Err(_) => {
+                buffers.clear();
                 self.stream.synchronize().map_err(message)?;
                 self.gpu.trim_pool().map_err(message)?;
                 allocate().map_err(|error| {
@@ -192,7 +200,18 @@ impl CudaOps {
                 })?
             }
         };
-        Ok(Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false))
+        let kept = buffers.wants(dtype, elements);
+        let tensor = Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), kept);
+        if kept {
+            buffers.keep(&tensor);
+        }
+        Ok(tensor)
+    }
+
+    /// From now on the memory of up to `limit` bytes of activations is kept for the next ones of their size.
+    pub(crate) fn keep_buffers(&self, limit: Bytes) -> Result<()> {
+        self.buffers.lock().map_err(message)?.restart(limit);
+        Ok(())
     }
 
     /// Uninitialised places for so many fp32 numbers each, for the kernels of one operation: the next one gets the same

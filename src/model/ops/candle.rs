@@ -8,7 +8,8 @@ use crate::model::tape::Activation;
 pub fn candle(inputs: &[&Activation], function: impl Fn(&[Tensor]) -> Result<Tensor> + 'static) -> Result<Activation> {
     let Some(first) = inputs.first() else { bail!("candle: an operation needs an input") };
     let tensors = inputs.iter().map(|input| input.tensor()).collect::<Result<Vec<_>>>()?;
-    let output = function(&tensors)?.detach();
+    // A copy: the function may give back a view of its input, whose memory belongs to somebody else.
+    let output = function(&tensors)?.copy()?.detach();
     let slots: Vec<_> = inputs.iter().map(|input| input.slot()).collect();
     let compute = first.compute().clone();
     Ok(first.tape().record(output, move |dy, gradients| {

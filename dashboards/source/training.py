@@ -8,7 +8,7 @@ DESCRIPTION = "Curves of a run, its speed, and what its steps spend their time o
 VARIABLES = [number("peak_flops", "Peak FLOP/s", "989e12")]
 RATE = "[$__rate_interval]"
 STEP_TIME = "sum by (job_id) (rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % RATE
-FLOPS = "sum by (job_id) (rate(patrickstar_train_flops_total{JOB}%s))" % RATE
+FLOPS = "sum by (job_id) (rate(patrickstar_train_steps_total{JOB}%s)) * on (job_id) max by (job_id) (patrickstar_model_step_flops{JOB})" % RATE
 
 
 def quantile(share):

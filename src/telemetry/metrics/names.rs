@@ -94,8 +94,6 @@ families! {
             "Steps done by this process.";
         TrainTokens = "patrickstar_train_tokens_total", Count, [],
             "Tokens trained on by this process.";
-        TrainFlops = "patrickstar_train_flops_total", Flops, [],
-            "Operations that the model needed for the steps done by this process, recompute not counted; absent for models of the user's own.";
         OverflowSteps = "patrickstar_train_overflow_steps_total", Count, [],
             "Steps that updated nothing, because gradients of the scaled loss overflowed fp16.";
         NonFiniteSteps = "patrickstar_train_nonfinite_steps_total", Count, [],

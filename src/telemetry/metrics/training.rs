@@ -71,9 +71,6 @@ impl TrainingMetrics {
         ] {
             registry.histogram(Histogram::PhaseDuration, &[phase]).record(time);
         }
-        if let Some(flops) = engine.plan().flops {
-            registry.counter(Counter::TrainFlops, &[]).increment(flops as u64);
-        }
         registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));
         if let Some(left) = whole.time_left {
             registry.gauge(Gauge::JobEstimatedFinish, &[]).set(now() + left.as_secs_f64());

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::memory::{
-    Arena, Backend, CpuBackend, DeviceMath, Event, MemoryError, Rows, Slab, StateAddresses, Stream,
+    Arena, Backend, CpuBackend, DeviceMath, DeviceRoom, Event, MemoryError, Rows, Slab, StateAddresses, Stream,
 };
 use patrickstar_actors::monitor::NoProbe;
 use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart};
@@ -110,6 +110,10 @@ impl Backend for Paced {
 
     fn cap_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
         Ok(())
+    }
+
+    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
+        Ok(None)
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {

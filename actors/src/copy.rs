@@ -73,7 +73,7 @@ impl CopyStream {
             Some((_, source)) if to == Tier::Disk => self.disk_write(source, slot, bytes).map(|()| began.elapsed()),
             Some((from, source)) => {
                 let (source, target) = (self.shared.address(from, source), self.shared.address(to, slot));
-                // SAFETY: two slots of two arenas never overlap; a moving chunk cannot be leased, so the source is not
+                // SAFETY: two slots never overlap; a moving chunk cannot be leased, so the source is not
                 // written, and the destination is marked `Filling` for this move.
                 self.on_stream(claimed, |stream| unsafe { stream.copy(source, target, bytes) })
             }

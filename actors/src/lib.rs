@@ -18,6 +18,7 @@
 
 pub mod adam;
 pub mod ages;
+mod capacity;
 pub mod chunk;
 mod copy;
 #[cfg(feature = "cuda")]
@@ -37,6 +38,7 @@ mod reader;
 mod reduction;
 pub mod runtime;
 pub mod schedule;
+mod share;
 mod shared;
 mod shell;
 mod split;

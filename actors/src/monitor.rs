@@ -1,13 +1,16 @@
 //! The memory monitor: measures what is not chunks, and publishes what chunks may use.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
+use crate::capacity::resize;
 use crate::error::RuntimeError;
 use crate::health::ActorName;
 use crate::memory::limits::{Available, available_host_memory};
-use crate::shared::Shared;
+use crate::share::Share;
+use crate::shared::{Plan, Shared};
 use crate::stats::Pressure;
-use crate::types::{Bytes, Moment, Tier};
+use crate::types::{Bytes, GroupId, Moment, Tier};
 
 /// Gauge of the bytes of chunk slots in use, by `tier`. Whoever collects metrics describes it, and the next two.
 pub const CHUNK_BYTES: &str = "patrickstar_chunk_bytes";
@@ -75,12 +78,22 @@ pub(crate) struct Monitor {
     given: Arc<Mutex<Given>>,
     /// What the budgets in force were computed from.
     published: Vec<u64>,
+    /// Memory of slots is still to be given back, or to come.
+    unsettled: bool,
+    /// Slots without which the work cannot go on.
+    least: Option<u32>,
+    began: Instant,
 }
 
 /// What the monitor was given to share out: a successor goes on with what its predecessor was told last.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Given {
     pub device: Bytes,
+    /// What neighbours leave of `device`.
+    pub left: Bytes,
+    /// Memory beside chunks that is never theirs, where the two are apart.
+    pub beside: Bytes,
+    pub share: Share,
     /// Fraction of the measured non-model memory kept free on top of it.
     pub headroom: f64,
 }
@@ -92,7 +105,16 @@ impl Monitor {
         probe: Arc<dyn MemoryProbe>,
         given: Arc<Mutex<Given>>,
     ) -> Self {
-        Monitor { shared, non_model, probe, given, published: Vec::new() }
+        Monitor {
+            shared,
+            non_model,
+            probe,
+            given,
+            published: Vec::new(),
+            unsettled: true,
+            least: None,
+            began: Instant::now(),
+        }
     }
 
     fn given(&self) -> MutexGuard<'_, Given> {
@@ -113,7 +135,60 @@ impl Monitor {
         if let Available::Known(left) = available_host_memory() {
             metrics::gauge!(HOST_AVAILABLE_BYTES).set(left.0 as f64);
         }
-        if self.published.is_empty() || self.published == self.non_model.snapshot() { Ok(()) } else { self.publish() }
+        if self.shared.plan().is_none() {
+            return if self.unsettled { self.settle(self.slots()).map(drop) } else { Ok(()) };
+        }
+        if self.follow_neighbours()? || self.unsettled || self.published != self.non_model.snapshot() {
+            self.publish()?;
+        }
+        Ok(())
+    }
+
+    /// Whether neighbours on the device took or left memory.
+    fn follow_neighbours(&mut self) -> Result<bool, RuntimeError> {
+        let (Some(room), Some(plan)) = (self.shared.backend.room()?, self.shared.plan()) else { return Ok(false) };
+        let chunks = u64::from(self.shared.lock().backed) * self.shared.chunk_bytes().0;
+        let least = u64::from(self.least_slots(&plan)) * self.shared.chunk_bytes().0;
+        let mut given = self.given();
+        // What the pool has and what it may still take are both ours.
+        let reachable = room.free.0 + chunks + room.pool.0;
+        let (asked, before, least) = (given.device, given.left.min(given.device), least + given.beside.0);
+        let left = given.share.follow(asked, before, Bytes(least), Bytes(reachable), self.began.elapsed());
+        given.left = left;
+        if left != before {
+            let who = self.probe.neighbours().map(|who| format!(": {who}")).unwrap_or_default();
+            tracing::info!("neighbours leave {left} of the {asked} of the device that were asked for{who}");
+        }
+        Ok(left != before)
+    }
+
+    /// Without so many slots no access and no update fits beside the next one.
+    fn least_slots(&mut self, plan: &Plan) -> u32 {
+        *self.least.get_or_insert_with(|| {
+            let layout = &self.shared.layout;
+            let table = self.shared.lock();
+            let groups = (0..layout.group_count() as u32).map(GroupId);
+            let update = groups.map(|group| table.update_request(group, layout).chunks.len()).max();
+            2 * plan.trace.largest_moment().max(update.unwrap_or(0)) as u32
+        })
+    }
+
+    /// Device slots that may be used, in a moment without any non-model memory.
+    fn slots(&self) -> u32 {
+        let given = *self.given();
+        let left = given.device.min(given.left).0.saturating_sub(given.beside.0);
+        let capacity = self.shared.lock().slots[Tier::Device.index()].capacity();
+        capacity.min((left / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32)
+    }
+
+    /// The memory of the slots follows, as far as it can by now.
+    fn settle(&mut self, wanted: u32) -> Result<u32, RuntimeError> {
+        let backed = resize(&self.shared, wanted)?;
+        self.unsettled = backed != self.shared.device.region_end(wanted);
+        if self.unsettled {
+            self.shared.ring();
+        }
+        Ok(backed)
     }
 
     /// Publishes the slots that chunks may use at each moment of the recorded step.
@@ -121,13 +196,15 @@ impl Monitor {
         self.shared.health.fault_point(ActorName::Monitor);
         let Some(plan) = self.shared.plan() else { return Ok(()) };
         let (peaks, given) = (self.non_model.snapshot(), *self.given());
-        let capacity = self.shared.lock().slots[Tier::Device.index()].capacity();
+        let (wanted, backed) = (self.slots(), self.shared.lock().backed);
+        // Memory comes before budgets that use it, and goes after those that do not.
+        let slots = if wanted > backed { wanted.min(self.settle(wanted)?) } else { wanted };
         let slot = self.shared.chunk_bytes().0;
         let budgets: Vec<u32> = (0..plan.trace.moments())
             .map(|moment| {
                 let non_model = peaks.get(moment).copied().unwrap_or(0) as f64 * (1.0 + given.headroom);
-                let left = given.device.0.saturating_sub(non_model.ceil() as u64);
-                capacity.min((left / slot).min(u64::from(u32::MAX)) as u32)
+                let left = given.device.min(given.left).0.saturating_sub(non_model.ceil() as u64);
+                slots.min((left / slot).min(u64::from(u32::MAX)) as u32)
             })
             .collect();
         self.published = peaks;
@@ -141,6 +218,9 @@ impl Monitor {
         if shrunk {
             self.shared.lock().stats.count_pressure(Tier::Device, Pressure::Shrink);
         }
+        if wanted <= backed {
+            self.settle(wanted)?;
+        }
         self.shared.ring();
         Ok(())
     }
@@ -153,16 +233,22 @@ impl Monitor {
 
     /// The device's memory changed hands: a neighbour took some, or gave it back.
     pub fn set_device(&mut self, device: Bytes) -> Result<(), RuntimeError> {
-        let before = std::mem::replace(&mut self.given().device, device);
+        let others = self.shared.backend.room()?.is_some();
+        let before = self.given().device;
         if device < before {
             let neighbours = self.probe.neighbours().map(|who| format!(": {who}")).unwrap_or_default();
             tracing::warn!("the device's budget shrinks from {before} to {device}{neighbours}");
         }
-        let slots = (device.0 / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32;
         {
-            let mut table = self.shared.lock();
-            let capacity = table.slots[Tier::Device.index()].capacity();
-            table.budget[Tier::Device.index()] = slots.min(capacity);
+            let mut given = self.given();
+            given.device = device;
+            // Where neighbours are, the next looks show whether they left it.
+            given.left = if others { given.left.min(device) } else { device };
+        }
+        let slots = self.slots();
+        self.shared.lock().budget[Tier::Device.index()] = slots;
+        if self.shared.plan().is_none() {
+            self.settle(slots)?;
         }
         self.publish()?;
         self.shared.ring();

@@ -70,6 +70,7 @@ impl<'a> Planner<'a> {
         for tier in [Tier::Host, Tier::Device] {
             self.keep_budget(tier)?;
         }
+        self.clear_high_end()?;
         let mut short = Vec::with_capacity(active.len());
         for request in &active {
             self.protected.extend(in_place(request));
@@ -128,6 +129,17 @@ impl<'a> Planner<'a> {
         while excess > 0 && self.evict_one(tier, None, Urgency::Later)? {
             excess -= 1;
             self.table.stats.count_pressure(tier, Pressure::Evict);
+        }
+        Ok(())
+    }
+
+    /// Chunks in device slots that are to lose their memory go to lower ones: under its budget the device has room for them.
+    fn clear_high_end(&mut self) -> Result<(), RuntimeError> {
+        for chunk in self.table.stragglers() {
+            if self.table.slots[Tier::Device.index()].available() == 0 {
+                break;
+            }
+            self.table.relocate(chunk)?;
         }
         Ok(())
     }
@@ -205,7 +217,9 @@ impl<'a> Planner<'a> {
         self.table
             .moves
             .values()
-            .filter(|moving| moving.drop_source && moving.from.is_some_and(|(from, _)| from == tier))
+            .filter(|moving| {
+                moving.drop_source && moving.relocates().is_none() && moving.from.is_some_and(|(from, _)| from == tier)
+            })
             .count() as u32
     }
 

@@ -171,6 +171,7 @@ impl Runtime {
             pool: Arc::new(pool),
             non_model: Arc::clone(&non_model),
             device: config.device,
+            beside: Bytes(beside),
             headroom: config.headroom,
             interval: config.monitor_interval,
         })?;

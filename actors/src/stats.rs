@@ -123,6 +123,8 @@ pub struct Stats {
     pub reasons: [u64; 4],
     /// Clean copies whose slot was taken without a copy.
     pub dropped: u64,
+    /// Device chunks copied to a lower slot, so that the memory above could go back to the device.
+    pub relocated: u64,
     /// Chunks that the model found where it needed them.
     pub hits: u64,
     /// Chunks that had to be brought first, or were on their way.
@@ -174,6 +176,7 @@ impl Stats {
             bytes: sub(&self.bytes, &earlier.bytes),
             reasons: sub(&self.reasons, &earlier.reasons),
             dropped: self.dropped - earlier.dropped,
+            relocated: self.relocated - earlier.relocated,
             hits: self.hits - earlier.hits,
             misses: self.misses - earlier.misses,
             prefetch_useful: self.prefetch_useful - earlier.prefetch_useful,

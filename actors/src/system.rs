@@ -17,6 +17,7 @@ use crate::optimizer::Optimizer;
 use crate::placement::Side;
 use crate::reduction::{GradientReady, Reduction};
 use crate::schedule::Policy;
+use crate::share::Share;
 use crate::shared::{EvictionPolicy, Shared};
 use crate::shell::{Post, Shell, Worker};
 use crate::stats::Pressure;
@@ -116,6 +117,8 @@ pub(crate) struct Parts {
     pub pool: Arc<rayon::ThreadPool>,
     pub non_model: Arc<NonModel>,
     pub device: Bytes,
+    /// Memory beside chunks that is never theirs, where the two are apart.
+    pub beside: Bytes,
     pub headroom: f64,
     pub interval: Duration,
 }
@@ -276,7 +279,13 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
     let watch = {
         let (shared, non_model) = (Arc::clone(shared), Arc::clone(&parts.non_model));
         let probe = Arc::clone(&parts.probe);
-        let given = Arc::new(Mutex::new(Given { device: parts.device, headroom: parts.headroom }));
+        let given = Arc::new(Mutex::new(Given {
+            device: parts.device,
+            left: parts.device,
+            beside: parts.beside,
+            share: Share::default(),
+            headroom: parts.headroom,
+        }));
         move || Monitor::new(Arc::clone(&shared), Arc::clone(&non_model), Arc::clone(&probe), Arc::clone(&given))
     };
     adopt(&supervisor, arbiters, shared, ActorName::Monitor, monitor_rx, watch).await?;

@@ -107,6 +107,11 @@ impl Move {
         }
     }
 
+    /// The slot that a chunk leaves for another one on the device.
+    pub fn relocates(&self) -> Option<SlotIndex> {
+        self.from.filter(|&(tier, _)| tier == Tier::Device && self.to.0 == Tier::Device).map(|(_, slot)| slot)
+    }
+
     pub fn direction(&self) -> Direction {
         match (self.from.map(|(tier, _)| tier), self.to.0) {
             (None, _) => Direction::Zero,
@@ -162,6 +167,8 @@ pub(crate) struct Table {
     pub entries: Vec<Entry>,
     pub groups: Vec<GroupState>,
     pub slots: [SlotAllocator; 3],
+    /// Device slots that have memory: the first ones.
+    pub backed: u32,
     /// Slots that may be used now; at most the capacity.
     pub budget: [u32; 3],
     pub moves: BTreeMap<MoveId, Move>,
@@ -201,6 +208,7 @@ impl Table {
             entries: entries.collect(),
             groups: vec![GroupState::default(); layout.group_count()],
             budget: std::array::from_fn(|tier| slots[tier].capacity()),
+            backed: slots[Tier::Device.index()].capacity(),
             device_events: vec![None; slots[Tier::Device.index()].capacity() as usize],
             slots,
             moves: BTreeMap::new(),
@@ -233,7 +241,8 @@ impl Table {
 
     /// Slots that may still be allocated under the budget.
     pub fn room(&self, tier: Tier) -> u32 {
-        self.budget[tier.index()].saturating_sub(self.used(tier))
+        let slots = &self.slots[tier.index()];
+        self.budget[tier.index()].saturating_sub(slots.used()).min(slots.available())
     }
 
     pub fn has_payload(&self, chunk: ChunkId) -> bool {
@@ -333,6 +342,44 @@ impl Table {
         Ok(id)
     }
 
+    /// Enters the copy of a device chunk to a lower slot, so that its own may lose its memory.
+    pub fn relocate(&mut self, chunk: ChunkId) -> Result<(), RuntimeError> {
+        let device = Tier::Device.index();
+        let from = self.entry(chunk).place[device].valid().ok_or(RuntimeError::NoPayload(chunk))?;
+        self.apply(chunk, ChunkEvent::StartMove)?;
+        let slot = self.allocate(Tier::Device)?;
+        let id = MoveId(self.next_id());
+        let entry = self.entry_mut(chunk);
+        entry.place[device] = Place::Filling(slot);
+        entry.moving = Some(id);
+        let relocation = Move {
+            chunk,
+            from: Some((Tier::Device, from)),
+            to: (Tier::Device, slot),
+            drop_source: true,
+            reason: Reason::Evict,
+            urgency: Urgency::Soon,
+            status: MoveStatus::Planned,
+        };
+        self.moves.insert(id, relocation);
+        Ok(())
+    }
+
+    /// Device chunks in slots that are not handed out any more, and that nobody uses.
+    pub fn stragglers(&self) -> Vec<ChunkId> {
+        let device = Tier::Device.index();
+        let limit = self.slots[device].limit();
+        if self.slots[device].available() == 0 || self.slots[device].end() <= limit {
+            return Vec::new();
+        }
+        let above = self.entries.iter().enumerate().filter(|(_, entry)| {
+            entry.place[device].valid().is_some_and(|slot| slot.0 >= limit)
+                && entry.moving.is_none()
+                && entry.leases.iter().all(|&leases| leases == 0)
+        });
+        above.map(|(index, _)| ChunkId(index as u32)).collect()
+    }
+
     /// The next move of a stream: what a predecessor died over, then the most urgent that the model has left the slots of;
     /// if it is still at all of them, the most urgent.
     pub fn claim_move(&mut self, stream: ActorName) -> Result<Option<(MoveId, Move)>, RuntimeError> {
@@ -365,6 +412,11 @@ impl Table {
         let entry = self.entry_mut(done.chunk);
         entry.place[done.to.0.index()] = Place::Valid(done.to.1);
         entry.moving = None;
+        if let Some(from) = done.relocates() {
+            self.slots[Tier::Device.index()].free(from)?;
+            self.stats.relocated += 1;
+            return self.apply(done.chunk, ChunkEvent::EndMove);
+        }
         entry.arrived = tick;
         if done.to.0 == Tier::Device {
             entry.stay = Some(Stay::begin());

@@ -129,7 +129,10 @@ impl Table {
             used: bytes(self.used(tier)),
             peak: bytes(self.peak[tier.index()]),
             budget: bytes(self.budget[tier.index()]),
-            capacity: bytes(self.slots[tier.index()].capacity()),
+            capacity: bytes(match tier {
+                Tier::Device => self.backed,
+                Tier::Host | Tier::Disk => self.slots[tier.index()].capacity(),
+            }),
         }
     }
 }

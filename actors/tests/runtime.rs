@@ -92,6 +92,8 @@ impl Case {
 
 struct Model {
     runtime: Runtime,
+    /// Changes the device's memory at random moments of a step.
+    neighbour: Option<u64>,
     precision: Precision,
 }
 
@@ -151,7 +153,7 @@ impl Model {
             Arc::new(NoProbe),
             Arc::new(Timeline::default()),
         )?;
-        let model = Model { runtime, precision: case.precision };
+        let model = Model { runtime, neighbour: None, precision: case.precision };
         let layout = model.runtime.layout();
         for (index, info) in layout.chunks().iter().enumerate().filter(|(_, info)| info.kind != Kind::Gradient) {
             let (chunk, kind) = (ChunkId(index as u32), info.kind);
@@ -176,11 +178,13 @@ impl Model {
     fn run(&mut self, start: StepStart, factor: Option<f32>) -> Result<StepStats, RuntimeError> {
         self.runtime.begin_step(start)?;
         for block in 0..BLOCKS - 1 {
+            self.disturb();
             let request = self.weights(block);
             let lease = self.runtime.access(|| format!("forward {block}"), Tier::Device, request)?;
             self.runtime.release_forward(lease)?;
         }
         for block in (0..BLOCKS).rev() {
+            self.disturb();
             let layout = self.runtime.layout().clone();
             let mut request = self.weights(block);
             request.extend(chunks(&layout, block, Kind::Gradient).into_iter().map(|chunk| (chunk, Access::Fresh)));
@@ -203,8 +207,28 @@ impl Model {
         }
         let stats = self.runtime.end_step()?;
         let device = self.runtime.tier_use(Tier::Device);
-        assert!(device.peak <= device.capacity);
+        assert!(device.used <= device.capacity);
         Ok(stats)
+    }
+
+    fn disturb(&mut self) {
+        let Some(state) = &mut self.neighbour else { return };
+        *state = state.wrapping_mul(0x5851_F42D_4C95_7F2D).wrapping_add(0x1405_7B7E_F767_814F);
+        let device = Some(Bytes((12 + (*state >> 33) % 49) * CHUNK));
+        if *state >> 62 == 0 {
+            self.runtime.retune(Retune { device, ..Retune::default() }).expect("retune");
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+
+    /// Waits until the device's slots have as much memory as that.
+    fn await_capacity(&self, slots: u64) {
+        self.runtime.retune(Retune { device: Some(Bytes(slots * CHUNK)), ..Retune::default() }).expect("retune");
+        let began = std::time::Instant::now();
+        while self.runtime.tier_use(Tier::Device).capacity != Bytes(slots * CHUNK) {
+            assert!(began.elapsed().as_secs() < 60, "{:?}", self.runtime.tier_use(Tier::Device));
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn weights(&self, block: usize) -> Vec<(ChunkId, Access)> {
@@ -471,6 +495,34 @@ fn groups_that_change_sides_keep_their_bits() {
             assert!(shrunk == 2 && evicted > 0, "{shrunk} {evicted}");
         }
     }
+}
+
+/// Memory of the device's slots goes and comes back at any moment of a step. A touch of a slot without memory would end
+/// the process.
+#[test]
+fn device_memory_comes_and_goes_and_the_bits_stay() {
+    let mut relocated = 0;
+    for (seed, precision, sides, splits) in
+        [(1, Precision::Fp32, (4, 0), true), (2, Precision::Bf16, HOST, false), (3, Precision::Bf16, (2, 8), false)]
+    {
+        let resident = Case::resident(precision, 0.0);
+        let case = Case { device_slots: 60, sides, splits, ..resident.clone() };
+        let (mut model, mut reference) = (Model::new(&case).expect("start"), Model::new(&resident).expect("start"));
+        let whole = model.runtime.tier_use(Tier::Device).capacity.0 / CHUNK;
+        model.neighbour = Some(seed);
+        for step in 1..=12 {
+            model.step(step).expect("step");
+            reference.step(step).expect("step");
+        }
+        model.await_capacity(12);
+        assert!(model.states().expect("states") == reference.states().expect("states"), "{precision:?} {sides:?}");
+        relocated += model.runtime.stats().relocated;
+        model.await_capacity(whole);
+        model.step(13).expect("step");
+        reference.step(13).expect("step");
+        assert!(model.states().expect("states") == reference.states().expect("states"), "{precision:?} {sides:?}");
+    }
+    assert!(relocated > 0, "no chunk had to go to a lower slot");
 }
 
 #[test]

@@ -17,6 +17,7 @@ mod derivatives;
 mod kernels;
 mod llama;
 mod neighbours;
+mod regions;
 mod streams;
 
 use std::io::Write;

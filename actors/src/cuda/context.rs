@@ -5,7 +5,8 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUmemPool_attribute::{
-    CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_USED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_HIGH,
+    CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
+    CU_MEMPOOL_ATTR_USED_MEM_HIGH,
 };
 use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
@@ -45,6 +46,8 @@ pub struct PoolUse {
     pub live: Bytes,
     /// Allocated at most since the peak was last reset.
     pub peak: Bytes,
+    /// Taken from the device, allocated or not.
+    pub reserved: Bytes,
 }
 
 /// What a failed call of the driver becomes.
@@ -130,6 +133,7 @@ impl Gpu {
         Ok(PoolUse {
             live: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?),
             peak: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH)?),
+            reserved: Bytes(get(pool, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?),
         })
     }
 

@@ -5,7 +5,7 @@
 use std::ptr::NonNull;
 
 use rayon::prelude::*;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
 use super::{MemoryError, SlotIndex, limits};
 use crate::types::{Bytes, Tier};
@@ -87,6 +87,36 @@ impl Arena {
         assert!(slot.0 < self.slots, "slot {} of an arena of {}", slot.0, self.slots);
         // SAFETY: the slot lies inside the mapping.
         unsafe { self.base.add(slot.0 as usize * self.slot_bytes) }
+    }
+
+    /// Keeps memory for the first `slots` slots, up to the end of a page; an access to one above them is a fault of the
+    /// process. What had none comes back as zeros.
+    ///
+    /// # Safety
+    /// Nobody may touch a slot from `slots` on until it has memory again.
+    pub unsafe fn back(&self, slots: u32) -> Result<u32, MemoryError> {
+        let slots = slots.min(self.slots);
+        let kept = (slots as usize * self.slot_bytes).next_multiple_of(PAGE).min(self.bytes.next_multiple_of(PAGE));
+        let rest = self.bytes.next_multiple_of(PAGE) - kept;
+        let failed = |errno: rustix::io::Errno| MemoryError::Allocation {
+            tier: Tier::Device,
+            need: Bytes(kept as u64),
+            source: errno.into(),
+        };
+        let start = self.base.as_ptr().cast::<std::ffi::c_void>();
+        // SAFETY: both ranges are whole pages of our mapping, and the caller vouches that nobody uses the second.
+        unsafe {
+            if kept > 0 {
+                mprotect(start, kept, MprotectFlags::READ | MprotectFlags::WRITE).map_err(failed)?;
+            }
+            if rest > 0 {
+                let above = start.byte_add(kept);
+                mprotect(above, rest, MprotectFlags::empty()).map_err(failed)?;
+                #[cfg(target_os = "linux")]
+                rustix::mm::madvise(above, rest, rustix::mm::Advice::LinuxDontNeed).map_err(failed)?;
+            }
+        }
+        Ok(slots)
     }
 
     /// Where the mapping begins.

@@ -54,6 +54,24 @@ pub trait Slab: Send + Sync {
     fn slots(&self) -> u32;
     /// Size of a slot.
     fn slot_bytes(&self) -> Bytes;
+    /// The first slots that have memory once the first `slots` have: memory comes in regions.
+    fn region_end(&self, slots: u32) -> u32;
+    /// Gives memory to the slots below `region_end(slots)` and takes it from those above, which lose their contents and
+    /// keep their addresses. Returns how many have memory then: fewer if the device has no more to give.
+    ///
+    /// # Safety
+    /// Nobody may touch a slot above `region_end(slots)` from now until it has memory again, and nothing may be queued that
+    /// does.
+    unsafe fn back(&self, slots: u32) -> Result<u32, MemoryError>;
+}
+
+/// Memory of a device that this process has or could have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceRoom {
+    /// Nobody has it.
+    pub free: Bytes,
+    /// The pool of non-model memory has it.
+    pub pool: Bytes,
 }
 
 /// A device: its memory and its streams.
@@ -69,6 +87,8 @@ pub trait Backend: Send + Sync + 'static {
     /// From now on non-model memory may not exceed `limit`: what asks for more gets an error. Without effect where slots
     /// and non-model memory are one allocation.
     fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError>;
+    /// Memory that is left on the device; `None` where nobody else takes of it.
+    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError>;
     /// The end of what the model has queued so far; `None` where the model computes before it returns.
     fn compute_event(&self) -> Result<Option<Event>, MemoryError>;
     /// What the model queues from now on starts after `event`. Does not block the calling thread.
@@ -139,6 +159,15 @@ impl Slab for Arena {
 
     fn slot_bytes(&self) -> Bytes {
         Arena::slot_bytes(self)
+    }
+
+    fn region_end(&self, slots: u32) -> u32 {
+        slots.min(Arena::slots(self))
+    }
+
+    unsafe fn back(&self, slots: u32) -> Result<u32, MemoryError> {
+        // SAFETY: the caller vouches for the slots above.
+        unsafe { Arena::back(self, slots) }
     }
 }
 
@@ -214,6 +243,10 @@ impl Backend for CpuBackend {
 
     fn cap_non_model(&self, _limit: Bytes) -> Result<(), MemoryError> {
         Ok(())
+    }
+
+    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
+        Ok(None)
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {

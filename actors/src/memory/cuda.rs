@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
-use super::backend::{Backend, DeviceEvent, DeviceMath, Event, Slab, Stream};
+use super::backend::{Backend, DeviceEvent, DeviceMath, DeviceRoom, Event, Slab, Stream};
+use super::cuda_slab::RegionSlab;
 use super::{Arena, MemoryError, SlotIndex};
 use crate::cuda::{Gpu, device_error};
 use crate::types::Bytes;
@@ -25,13 +26,6 @@ struct CudaDeviceEvent(CudaEvent);
 
 struct CudaCopyStream {
     stream: Arc<CudaStream>,
-}
-
-struct DeviceSlab {
-    context: Arc<CudaContext>,
-    base: sys::CUdeviceptr,
-    slots: u32,
-    slot_bytes: Bytes,
 }
 
 /// An arena that the GPU copies from and to without staging.
@@ -125,30 +119,6 @@ impl CudaCopyStream {
     }
 }
 
-impl Slab for DeviceSlab {
-    fn slot(&self, index: SlotIndex) -> NonNull<u8> {
-        let address = self.base + u64::from(index.0) * self.slot_bytes.0;
-        NonNull::new(address as *mut u8).unwrap_or(NonNull::dangling())
-    }
-
-    fn slots(&self) -> u32 {
-        self.slots
-    }
-
-    fn slot_bytes(&self) -> Bytes {
-        self.slot_bytes
-    }
-}
-
-impl Drop for DeviceSlab {
-    fn drop(&mut self) {
-        // Nobody hears of a failure here: the context goes down with the process.
-        let _ = self.context.bind_to_thread();
-        // SAFETY: allocated by `device_slab`, and all streams are done when the runtime goes down.
-        let _ = unsafe { result::free_sync(self.base) };
-    }
-}
-
 impl Slab for RegisteredArena {
     fn slot(&self, index: SlotIndex) -> NonNull<u8> {
         self.arena.slot(index)
@@ -160,6 +130,15 @@ impl Slab for RegisteredArena {
 
     fn slot_bytes(&self) -> Bytes {
         self.arena.slot_bytes()
+    }
+
+    fn region_end(&self, _slots: u32) -> u32 {
+        self.arena.slots()
+    }
+
+    /// Registered memory stays.
+    unsafe fn back(&self, _slots: u32) -> Result<u32, MemoryError> {
+        Ok(self.arena.slots())
     }
 }
 
@@ -185,10 +164,7 @@ impl Backend for CudaBackend {
         if need > free as u64 {
             return Err(self.gpu.insufficient(Bytes(need), Bytes(free as u64)));
         }
-        // SAFETY: a plain allocation, freed when the slab is dropped.
-        let base = unsafe { result::malloc_sync(need as usize) }
-            .map_err(|error| device_error("allocate the device tier", error))?;
-        Ok(Box::new(DeviceSlab { context, base, slots, slot_bytes }))
+        Ok(Box::new(RegionSlab::new(context, slots, slot_bytes)?))
     }
 
     fn host_slab(&self, mut arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
@@ -211,6 +187,13 @@ impl Backend for CudaBackend {
 
     fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError> {
         self.gpu.cap_pool(limit)
+    }
+
+    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
+        let context = self.gpu.context();
+        context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
+        let (free, _) = context.mem_get_info().map_err(|error| device_error("measure its memory", error))?;
+        Ok(Some(DeviceRoom { free: Bytes(free as u64), pool: self.gpu.pool_use()?.reserved }))
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {

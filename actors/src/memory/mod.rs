@@ -12,6 +12,8 @@ mod backend;
 pub mod bandwidth;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_slab;
 mod disk;
 mod error;
 pub mod limits;
@@ -19,7 +21,8 @@ mod slots;
 
 pub use arena::Arena;
 pub use backend::{
-    Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, DeviceMath, Event, Rows, Slab, StateAddresses, Stream,
+    Backend, CpuBackend, CpuEvent, CpuStream, DeviceEvent, DeviceMath, DeviceRoom, Event, Rows, Slab, StateAddresses,
+    Stream,
 };
 #[cfg(feature = "cuda")]
 pub use cuda::CudaBackend;

@@ -177,7 +177,7 @@ families! {
         ChunkSizeBytes = "patrickstar_chunk_size_bytes", Bytes, [],
             "Size of a chunk.";
         MemoryCapacity = "patrickstar_memory_capacity_bytes", Bytes, ["tier"],
-            "Bytes of a tier's slots.";
+            "Bytes of a tier's slots that have memory now.";
         MemoryBudget = "patrickstar_memory_budget_bytes", Bytes, ["tier"],
             "Bytes of a tier that chunks may use now.";
         MemoryUsed = "patrickstar_memory_used_bytes", Bytes, ["tier", "kind"],

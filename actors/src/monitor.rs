@@ -4,13 +4,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::capacity::resize;
+use crate::chunk::Layout;
 use crate::error::RuntimeError;
 use crate::health::ActorName;
 use crate::memory::limits::{Available, available_host_memory};
 use crate::share::Share;
 use crate::shared::{Plan, Shared};
 use crate::stats::Pressure;
-use crate::types::{Bytes, GroupId, Moment, Tier};
+use crate::table::Table;
+use crate::types::{Bytes, ChunkId, GroupId, Kind, Moment, Tier};
 
 /// Gauge of the bytes of chunk slots in use, by `tier`. Whoever collects metrics describes it, and the next two.
 pub const CHUNK_BYTES: &str = "patrickstar_chunk_bytes";
@@ -80,8 +82,8 @@ pub(crate) struct Monitor {
     published: Vec<u64>,
     /// Memory of slots is still to be given back, or to come.
     unsettled: bool,
-    /// Slots without which the work cannot go on.
-    least: Option<u32>,
+    /// Chunks of the largest access or update.
+    largest: Option<u32>,
     began: Instant,
 }
 
@@ -112,7 +114,7 @@ impl Monitor {
             given,
             published: Vec::new(),
             unsettled: true,
-            least: None,
+            largest: None,
             began: Instant::now(),
         }
     }
@@ -162,15 +164,18 @@ impl Monitor {
         Ok(left != before)
     }
 
-    /// Without so many slots no access and no update fits beside the next one.
+    /// Device slots without which the work cannot go on: no access and no update would fit beside the next one, or beside
+    /// the chunks that find no place below the device.
     fn least_slots(&mut self, plan: &Plan) -> u32 {
-        *self.least.get_or_insert_with(|| {
-            let layout = &self.shared.layout;
-            let table = self.shared.lock();
+        let layout = &self.shared.layout;
+        let table = self.shared.lock();
+        let largest = *self.largest.get_or_insert_with(|| {
             let groups = (0..layout.group_count() as u32).map(GroupId);
             let update = groups.map(|group| table.update_request(group, layout).chunks.len()).max();
-            2 * plan.trace.largest_moment().max(update.unwrap_or(0)) as u32
-        })
+            plan.trace.largest_moment().max(update.unwrap_or(0)) as u32
+        });
+        // What an access holds on the device may have its place in host memory all the same: neither counts for the other.
+        largest + largest.max(homeless_chunks(layout, plan, self.shared.steps_together(), &table))
     }
 
     /// Device slots that may be used, in a moment without any non-model memory.
@@ -254,4 +259,23 @@ impl Monitor {
         self.shared.ring();
         Ok(())
     }
+}
+
+/// Chunks that find no place in host memory or on disk while as many exist as ever do: states, gradients that wait, and
+/// what moves need to get past each other.
+fn homeless_chunks(layout: &Layout, plan: &Plan, together: bool, table: &Table) -> u32 {
+    let is_gradient = |chunk: ChunkId| layout.chunk(chunk).kind == Kind::Gradient;
+    let all = (0..layout.chunk_count() as u32).map(ChunkId);
+    let (gradients, states): (Vec<ChunkId>, Vec<ChunkId>) = all.partition(|&chunk| is_gradient(chunk));
+    let waiting = if together {
+        gradients.len()
+    } else {
+        // Others are used up as they come.
+        let moments = (0..plan.trace.moments()).map(|moment| plan.trace.at(Moment(moment as u32)));
+        moments.map(|chunks| chunks.iter().filter(|&&chunk| is_gradient(chunk)).count()).max().unwrap_or(0)
+    };
+    // A chunk on its way out while another is on its way in, and a group that a checkpoint reads.
+    let spare = 2 + states.len().div_ceil(layout.group_count().max(1));
+    let below = [Tier::Host, Tier::Disk].map(|tier| table.budget[tier.index()]);
+    ((states.len() + waiting + spare) as u32).saturating_sub(below.into_iter().sum())
 }

@@ -211,6 +211,13 @@ impl SplitRoom {
 }
 
 #[cfg(test)]
+impl SplitRoom {
+    /// Room for a quarter of the groups.
+    pub const EXAMPLE: SplitRoom =
+        SplitRoom { slots: 60, working_set: 4, groups: 32, persistent: 6, together: false, tight: false, looked_up: 0 };
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -243,15 +250,7 @@ mod tests {
         assert_eq!(spread_sides(5, 2, 2, 0), [Host, Host, Resident, Resident, Host]);
         assert_eq!(spread_sides(5, 2, 9, 0), [Host, Host, Resident, Resident, Resident]);
         assert_eq!(spread_sides(5, 2, 2, 3), [Streamed, Streamed, Resident, Resident, Streamed]);
-        let room = SplitRoom {
-            slots: 400,
-            working_set: 4,
-            groups: 32,
-            persistent: 6,
-            together: false,
-            tight: false,
-            looked_up: 3,
-        };
+        let room = SplitRoom { slots: 400, looked_up: 3, ..SplitRoom::EXAMPLE };
         assert_eq!(room.split(&costs(60, 5)), Split { resident: 29, streamed: 0 });
     }
 
@@ -291,15 +290,7 @@ mod tests {
 
     #[test]
     fn residents_leave_room_for_what_passes() {
-        let room = SplitRoom {
-            slots: 60,
-            working_set: 4,
-            groups: 32,
-            persistent: 6,
-            together: false,
-            tight: false,
-            looked_up: 0,
-        };
+        let room = SplitRoom::EXAMPLE;
         assert_eq!(room.split(&costs(1, 5)), Split { resident: 8, streamed: 0 });
         let split = room.split(&costs(60, 5));
         assert_eq!(split.resident, (60 - 8 - 14) / 6);

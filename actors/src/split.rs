@@ -144,15 +144,7 @@ mod tests {
 
     #[test]
     fn a_slow_host_hands_groups_to_the_device_and_a_small_budget_takes_residents() {
-        let room = SplitRoom {
-            slots: 60,
-            working_set: 4,
-            groups: 32,
-            persistent: 6,
-            together: false,
-            tight: false,
-            looked_up: 0,
-        };
+        let room = SplitRoom::EXAMPLE;
         let ms = Duration::from_millis;
         let costs = SplitCosts {
             compute: ms(1000),

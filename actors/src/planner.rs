@@ -192,7 +192,10 @@ impl<'a> Planner<'a> {
             let due = [Tier::Device, Tier::Host].into_iter().flat_map(|tier| self.due(tier));
             due.into_iter().any(|request| self.table.obstacle(&request, layout).is_none())
         };
-        if short.contains(&0) || leased() || update_can_begin() || self.gradients_will_go(Tier::Device) {
+        // Above its budget a tier grants nothing, even to who has all chunks in place.
+        let excess = |tier: Tier| self.table.used(tier).saturating_sub(self.table.budget[tier.index()]);
+        let complete = active.iter().zip(short).any(|(request, &short)| short == 0 && excess(request.tier) == 0);
+        if complete || leased() || update_can_begin() || self.gradients_will_go(Tier::Device) {
             return Ok(());
         }
         let missing = first
@@ -200,6 +203,7 @@ impl<'a> Planner<'a> {
             .iter()
             .filter(|&&(chunk, _)| self.table.entry(chunk).place[first.tier.index()].valid().is_none())
             .count() as u32;
+        let missing = missing.max(excess(first.tier));
         // The tier that is full may be the one below, into which nothing can be evicted.
         let below_is_full =
             self.table.room(first.tier) == 0 && first.tier == Tier::Device && self.table.room(Tier::Host) == 0;

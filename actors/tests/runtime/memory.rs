@@ -225,3 +225,28 @@ fn train_beside(case: &Case, device: Option<Arc<SharedDevice>>) -> (Vec<u8>, u64
     let kept = model.runtime.tier_use(Tier::Device).capacity.0 / CHUNK;
     (model.states().expect("states"), kept)
 }
+
+/// A smaller device leaves chunks that neither it nor host memory has room for: whoever waits is told.
+#[test]
+fn a_budget_into_which_chunks_do_not_fit_ends_the_run_with_numbers() {
+    let (done, outcome) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        // As many slots as the plan of ten residents needs: three states of the other groups, and few more.
+        let case = Case { device_slots: 48, host_slots: 13, sides: (10, 0), ..Case::resident(Precision::Fp32, 0.0) };
+        for _ in 0..20 {
+            let mut model = Model::new(&case).expect("start");
+            model.step(1).expect("step");
+            for slots in [28, 20, 12] {
+                let device = Some(Bytes(slots * CHUNK));
+                model.runtime.retune(Retune { device, ..Retune::default() }).expect("retune");
+            }
+            done.send((2..40).try_for_each(|step| model.step(step))).expect("the test waits");
+        }
+    });
+    for _ in 0..20 {
+        match outcome.recv_timeout(std::time::Duration::from_secs(60)).expect("the run neither ends nor goes on") {
+            Err(RuntimeError::OutOfSlots { need, .. }) => assert!(need > 0),
+            other => panic!("expected to run out of slots, got {other:?}"),
+        }
+    }
+}

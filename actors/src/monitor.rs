@@ -186,6 +186,22 @@ impl Monitor {
         capacity.min((left / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32)
     }
 
+    /// Device slots beside so much `non_model` memory and what is kept free for its growth, which is not taken from an
+    /// `access` of so many chunks.
+    fn slots_beside(&self, non_model: Bytes, access: u32) -> u32 {
+        if self.shared.backend.separates_non_model() {
+            // Neither can use what the other leaves.
+            return u32::MAX;
+        }
+        let given = *self.given();
+        let beside = |bytes: u64| {
+            let left = given.device.min(given.left).0.saturating_sub(bytes);
+            (left / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32
+        };
+        let with_headroom = (non_model.0 as f64 * (1.0 + given.headroom)).ceil() as u64;
+        beside(with_headroom).max(beside(non_model.0).min(access))
+    }
+
     /// The memory of the slots follows, as far as it can by now.
     fn settle(&mut self, wanted: u32) -> Result<u32, RuntimeError> {
         let backed = resize(&self.shared, wanted)?;
@@ -200,18 +216,16 @@ impl Monitor {
     pub fn publish(&mut self) -> Result<(), RuntimeError> {
         self.shared.health.fault_point(ActorName::Monitor);
         let Some(plan) = self.shared.plan() else { return Ok(()) };
-        let (peaks, given) = (self.non_model.snapshot(), *self.given());
+        let peaks = self.non_model.snapshot();
         let (wanted, backed) = (self.slots(), self.shared.lock().backed);
         // Memory comes before budgets that use it, and goes after those that do not.
         let slots = if wanted > backed { wanted.min(self.settle(wanted)?) } else { wanted };
-        let slot = self.shared.chunk_bytes().0;
-        let budgets: Vec<u32> = (0..plan.trace.moments())
+        let budgets = (0..plan.trace.moments())
             .map(|moment| {
-                let non_model = peaks.get(moment).copied().unwrap_or(0) as f64 * (1.0 + given.headroom);
-                let left = given.device.min(given.left).0.saturating_sub(non_model.ceil() as u64);
-                slots.min((left / slot).min(u64::from(u32::MAX)) as u32)
+                let access = plan.trace.at(Moment(moment as u32)).len() as u32;
+                slots.min(self.slots_beside(Bytes(peaks.get(moment).copied().unwrap_or(0)), access))
             })
-            .collect();
+            .collect::<Vec<u32>>();
         self.published = peaks;
         let shrinks = |old: &Vec<u32>| old.iter().zip(&budgets).any(|(old, new)| new < old);
         let shrunk = {

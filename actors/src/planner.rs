@@ -55,13 +55,17 @@ impl<'a> Planner<'a> {
         let policy = shared.policies();
         let budgets = shared.moment_budgets.read().ok().and_then(|budgets| budgets.clone());
         let now = table.now;
+        let plan = shared.plan();
         let budget = &mut table.budget[Tier::Device.index()];
         if let Some(budgets) = &budgets {
-            *budget = lowest_budget(budgets, now, 1);
+            // What the moment needs it gets, even if the next one makes do with less.
+            let access = plan.as_ref().map_or(0, |plan| plan.trace.at(now).len()) as u32;
+            let own = budgets.get(now.0 as usize).map_or(0, |&own| own.min(access));
+            *budget = lowest_budget(budgets, now, 1).max(own);
         }
         let prefetch_budget = budgets.map_or(*budget, |budgets| lowest_budget(&budgets, now, policy.prefetch));
         let (wanted, protected) = (BTreeSet::new(), BTreeSet::new());
-        Planner { shared, table, policy, plan: shared.plan(), wanted, protected, prefetch_budget }
+        Planner { shared, table, policy, plan, wanted, protected, prefetch_budget }
     }
 
     pub fn run(&mut self) -> Result<(), RuntimeError> {

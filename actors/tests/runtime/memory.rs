@@ -10,12 +10,13 @@ use patrickstar_actors::health::ActorName;
 use patrickstar_actors::memory::{
     Arena, Backend, CpuBackend, DeviceMath, DeviceRoom, Event, MemoryError, Slab, Stream,
 };
+use patrickstar_actors::monitor::{MemoryProbe, NoProbe};
 use patrickstar_actors::runtime::StepStart;
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Pressure;
 use patrickstar_actors::types::{Bytes, Precision, Step, Tier};
 
-use crate::model::{CHUNK, Case, HOST, Model, specs, train};
+use crate::model::{BLOCKS, CHUNK, Case, HOST, Model, specs, train};
 
 /// Main memory as a device that others use too: who has this handle says how much of it nobody holds.
 #[derive(Default)]
@@ -211,7 +212,7 @@ fn a_neighbour_gets_no_memory_whose_chunks_have_no_other_place() {
 /// The states after steps in which, after the first, nothing is free on the device any more, and the slots left then.
 fn train_beside(case: &Case, device: Option<Arc<SharedDevice>>) -> (Vec<u8>, u64) {
     let mut model = match &device {
-        Some(device) => Model::on(device.clone(), case),
+        Some(device) => Model::on(device.clone(), Arc::new(NoProbe), case),
         None => Model::new(case),
     }
     .expect("start");
@@ -249,4 +250,66 @@ fn a_budget_into_which_chunks_do_not_fit_ends_the_run_with_numbers() {
             other => panic!("expected to run out of slots, got {other:?}"),
         }
     }
+}
+
+/// Non-model memory in chunks, by access of a step. Runtimes ask for the last one's when the next one begins.
+struct Activations {
+    chunks: [u64; 2 * BLOCKS - 1],
+    asked: AtomicU64,
+}
+
+impl MemoryProbe for Activations {
+    fn live(&self) -> Bytes {
+        Bytes(0)
+    }
+
+    fn take_peak(&self) -> Bytes {
+        // A step closes one moment more than it has accesses: the one before its first.
+        let asked = self.asked.fetch_add(1, Ordering::Relaxed) as usize % (self.chunks.len() + 1);
+        Bytes(asked.checked_sub(1).map_or(0, |moment| self.chunks[moment]) * CHUNK)
+    }
+}
+
+/// An access that leaves no slot for more than itself, beside others that need fewer slots and have fewer.
+#[test]
+fn the_next_accesses_lower_budget_takes_nothing_from_the_one_that_waits() {
+    let reference = train(&Case::resident(Precision::Fp32, 0.0));
+    let first_backward = BLOCKS - 1;
+    // Of ten slots the largest access needs six, and gets them; its neighbours get five and four, and need no more.
+    let mut chunks = [6; 2 * BLOCKS - 1];
+    chunks[first_backward - 1..=first_backward + 1].copy_from_slice(&[5, 4, 5]);
+    let case = Case { device_slots: 10, ..Case::resident(Precision::Fp32, 0.0) };
+    let probe = Arc::new(Activations { chunks, asked: AtomicU64::new(0) });
+    let mut model = Model::on(Arc::new(CpuBackend), probe, &case).expect("start");
+    for step in 1..=4 {
+        model.step(step).expect("step");
+    }
+    assert_eq!(model.runtime.non_model_by_moment(), chunks.map(|chunks| chunks * CHUNK));
+    assert!(model.states().expect("states") == reference);
+}
+
+/// What is kept free beside activations is for their growth: the work does not stop for it.
+#[test]
+fn headroom_takes_nothing_that_an_access_needs() {
+    let reference = train(&Case::resident(Precision::Fp32, 0.0));
+    let case = Case { device_slots: 10, ..Case::resident(Precision::Fp32, 0.0) };
+    let probe = Arc::new(Activations { chunks: [4; 2 * BLOCKS - 1], asked: AtomicU64::new(0) });
+    let mut model = Model::on(Arc::new(CpuBackend), probe, &case).expect("start");
+    model.runtime.retune(Retune { headroom: Some(0.1), ..Retune::default() }).expect("retune");
+    for step in 1..=4 {
+        model.step(step).expect("step");
+    }
+    assert!(model.states().expect("states") == reference);
+}
+
+/// A device whose activations have memory of their own: chunks lose nothing to them.
+#[test]
+fn activations_in_memory_of_their_own_leave_all_slots_to_chunks() {
+    let case = Case { device_slots: 6, ..Case::resident(Precision::Fp32, 0.0) };
+    let probe = Arc::new(Activations { chunks: [1; 2 * BLOCKS - 1], asked: AtomicU64::new(0) });
+    let mut model = Model::on(Arc::new(SharedDevice::default()), probe, &case).expect("start");
+    for step in 1..=4 {
+        model.step(step).expect("step");
+    }
+    assert!(model.states().expect("states") == train(&Case::resident(Precision::Fp32, 0.0)));
 }

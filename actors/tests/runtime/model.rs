@@ -9,7 +9,7 @@ use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::health::ActorName;
 use patrickstar_actors::memory::{Backend, CpuBackend};
-use patrickstar_actors::monitor::NoProbe;
+use patrickstar_actors::monitor::{MemoryProbe, NoProbe};
 use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart, StepStats};
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::timeline::Timeline;
@@ -106,11 +106,11 @@ fn chunks(layout: &Layout, block: usize, kind: Kind) -> Vec<ChunkId> {
 
 impl Model {
     pub fn new(case: &Case) -> Result<Self, RuntimeError> {
-        Self::on(Arc::new(CpuBackend), case)
+        Self::on(Arc::new(CpuBackend), Arc::new(NoProbe), case)
     }
 
-    /// The model on a device of its own kind.
-    pub fn on(backend: Arc<dyn Backend>, case: &Case) -> Result<Self, RuntimeError> {
+    /// The model on a device of another kind, or with temporaries that count.
+    pub fn on(backend: Arc<dyn Backend>, probe: Arc<dyn MemoryProbe>, case: &Case) -> Result<Self, RuntimeError> {
         let layout = Layout::new(&specs(), case.precision, Bytes(CHUNK)).expect("layout");
         let mut gradient_uses = vec![0; layout.group_count()];
         for block in 0..BLOCKS {
@@ -147,8 +147,7 @@ impl Model {
             headroom: 0.0,
             monitor_interval: Duration::from_millis(5),
         };
-        let runtime =
-            Runtime::start(layout, config, gradient_uses, backend, Arc::new(NoProbe), Arc::new(Timeline::default()))?;
+        let runtime = Runtime::start(layout, config, gradient_uses, backend, probe, Arc::new(Timeline::default()))?;
         let model = Model { runtime, neighbour: None, precision: case.precision };
         let layout = model.runtime.layout();
         for (index, info) in layout.chunks().iter().enumerate().filter(|(_, info)| info.kind != Kind::Gradient) {

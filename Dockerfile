@@ -5,9 +5,11 @@ ARG BASE_IMAGE=debian:bookworm-slim
 
 FROM ${RUST_IMAGE} AS build
 ARG FEATURES=
+# What the image says it was built from: `--build-arg REVISION=$(git rev-parse HEAD)`, for the repository is not copied.
+ARG REVISION=
 WORKDIR /src
 COPY . .
-RUN cargo build --locked --release --bin patrickstar --features "${FEATURES}" && strip target/release/patrickstar
+RUN PATRICKSTAR_REVISION="${REVISION}" cargo build --locked --release --bin patrickstar --features "${FEATURES}" && strip target/release/patrickstar
 
 FROM ${BASE_IMAGE}
 RUN useradd --system --uid 10001 --home-dir /var/lib/patrickstar --create-home patrickstar

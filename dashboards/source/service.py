@@ -72,5 +72,5 @@ PANELS = [
     graph("Time of scrapes", "As Prometheus saw them.", "s", ("scrape_duration_seconds{PROCESS}", "{{instance}}"), min=0),
     graph("Checkpoints", "Checkpoints written in the last hour.", "none",
           ("increase(patrickstar_checkpoints_total{JOB}[1h])", "{{job_id}}"), min=0),
-    table("Versions", "The program of each process.", "patrickstar_build_info{PROCESS}", ["Time", "__name__", "Value"]),
+    table("Versions", "The program of each process: its version, the commit it was built from, and the CUDA version it was built for.", "patrickstar_build_info{PROCESS}", ["Time", "__name__", "Value"]),
 ]

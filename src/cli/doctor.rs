@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::args::DoctorArgs;
 use super::{CliError, output};
 use crate::config::Sources;
+use crate::telemetry::build;
 
 /// Below this a checkpoint of even the quickstart model may not be written whole.
 const LEAST_DISK: u64 = 1 << 30;
@@ -24,7 +25,7 @@ struct Check {
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, CliError> {
     let output_dir = Sources::process(None, Vec::new()).merge()?.config.train.output;
     let checks = [
-        info("version", env!("CARGO_PKG_VERSION")),
+        info("version", format!("{}, revision {}, CUDA {}", build::VERSION, build::REVISION, build::cuda())),
         cores(),
         isa(),
         memory(),

@@ -1,6 +1,7 @@
 //! What a run records about itself: TensorBoard events, a trace, a report page, memory counters, metrics.
 
 pub mod alloc;
+pub mod build;
 pub mod logging;
 pub mod metrics;
 pub mod report;

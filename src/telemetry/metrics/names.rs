@@ -144,8 +144,8 @@ families! {
 families! {
     /// What is now.
     Gauge {
-        BuildInfo = "patrickstar_build_info", Info, ["version"],
-            "The program that runs.";
+        BuildInfo = "patrickstar_build_info", Info, ["version", "revision", "cuda"],
+            "The program that runs: its version, the commit that it was built from (unknown where git did not tell), and the CUDA version that it was built for (none: computes on the host).";
         JobInfo = "patrickstar_job_info", Info, ["model", "precision", "device"],
             "The job that this process trains.";
         JobStart = "patrickstar_job_start_timestamp_seconds", Timestamp, [],

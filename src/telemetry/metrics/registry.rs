@@ -14,6 +14,7 @@ use super::names::{Counter, Family, Gauge, Histogram};
 use super::process::ProcessSampler;
 use super::upkeep::Upkeep;
 use crate::error::Error;
+use crate::telemetry::build;
 
 static PROCESS: OnceLock<Arc<Registry>> = OnceLock::new();
 
@@ -114,7 +115,7 @@ pub(super) fn adopt(registry: Registry) -> Result<Arc<Registry>, Error> {
     let registry = Arc::new(registry);
     metrics::set_global_recorder(Arc::clone(&registry.recorder))
         .map_err(|_| failed("this process has a recorder already: install one only".into()))?;
-    registry.gauge(Gauge::BuildInfo, &[env!("CARGO_PKG_VERSION")]).set(1.0);
+    registry.gauge(Gauge::BuildInfo, &[build::VERSION, build::REVISION, &build::cuda()]).set(1.0);
     // A counter begins at 0 and not at its first increment, which `rate` would not see.
     for level in ["error", "warn", "info", "debug", "trace"] {
         registry.counter(Counter::LogMessages, &[level]).increment(0);

@@ -64,17 +64,20 @@ pub enum StallCause {
     Reduction,
     /// The compute thread, which had not queued the next block yet.
     Queue,
+    /// The group is still to be written to a checkpoint before it is stepped.
+    Checkpoint,
 }
 
 impl StallCause {
     /// All causes.
-    pub const ALL: [StallCause; 6] = [
+    pub const ALL: [StallCause; 7] = [
         StallCause::Optimizer,
         StallCause::Copy,
         StallCause::Slot,
         StallCause::Budget,
         StallCause::Reduction,
         StallCause::Queue,
+        StallCause::Checkpoint,
     ];
 
     /// Name in reports and metrics.
@@ -86,6 +89,7 @@ impl StallCause {
             StallCause::Budget => "budget",
             StallCause::Reduction => "reduction",
             StallCause::Queue => "queue",
+            StallCause::Checkpoint => "checkpoint",
         }
     }
 }
@@ -140,7 +144,7 @@ pub struct Stats {
     /// Time in which streams copied, by `Direction`.
     pub busy: [Duration; 5],
     /// Time that the device waited, by `StallCause`.
-    pub stalls: [Duration; 6],
+    pub stalls: [Duration; 7],
     /// Parameters stepped on the device side.
     pub stepped_on_device: u64,
     /// Parameters stepped on the host side.

@@ -465,7 +465,8 @@ impl Table {
     /// Why `request` cannot be granted now; `None` when it can.
     pub fn obstacle(&self, request: &Request, layout: &Layout) -> Option<StallCause> {
         if !self.is_eligible(request, layout) {
-            return Some(StallCause::Optimizer);
+            let to_save = request.chunks.iter().any(|&(chunk, _)| self.group(layout.chunk(chunk).group).save_wanted);
+            return Some(if to_save { StallCause::Checkpoint } else { StallCause::Optimizer });
         }
         let tier = request.tier.index();
         for &(chunk, access) in &request.chunks {

@@ -43,12 +43,13 @@ PANELS = [
           ("sum by (job_id) (rate(patrickstar_train_tokens_total{JOB}%s))" % RATE, "{{job_id}}"), min=0),
     graph("Time of a step", "Half of the steps, and all but one in a hundred, are faster.", "s",
           (quantile(0.5), "{{job_id}} median"), (quantile(0.99), "{{job_id}} 99 %"), min=0),
-    graph("Phases of a step", "Mean time of each. `backward` includes recompute, `optimizer` is what no pass hides; on a GPU the "
-          "passes are timed there, waits for copies included.", "s",
+    graph("Phases of a step", "Mean time of each. `backward` includes recompute, `optimizer` is what no pass hides, `checkpoint` what "
+          "a step waits before it begins because states are being saved; on a GPU the passes are timed there, waits for copies included.", "s",
           ("sum by (phase) (rate(patrickstar_train_phase_duration_seconds_sum{JOB}%s)) / ignoring (phase) group_left "
            "sum(rate(patrickstar_train_step_duration_seconds_count{JOB}%s))" % (RATE, RATE), "{{phase}}"), stack=True, min=0),
     graph("Where the time goes", "Shares of the steps' time: reading data, and the device's waits by cause. The rest is "
-          "compute. `queue` is time in which the compute thread had not queued the next block.", "percentunit",
+          "compute. `queue` is time in which the compute thread had not queued the next block, `checkpoint` in which states had to be "
+          "saved before they could be stepped.", "percentunit",
           ("sum by (cause) (rate(patrickstar_stall_duration_seconds_sum{JOB}%s)) / ignoring (cause) group_left "
            "sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % (RATE, RATE), "waits: {{cause}}"),
           ("sum(rate(patrickstar_train_phase_duration_seconds_sum{JOB, phase=\"data\"}%s)) / sum(rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))"

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::types::{Bytes, Step, Tier};
@@ -91,6 +91,8 @@ pub struct Session {
 
 #[derive(Default)]
 struct RunTotals {
+    /// What saving took since the last step: the next one waits for it.
+    saving: Duration,
     timed_tokens: u64,
     timed_seconds: f64,
     timed_stall: f64,
@@ -178,10 +180,18 @@ impl Session {
             self.step(observer)?;
             let step = self.engine.current_step().0;
             if self.config.checkpoint.every > 0 && step.is_multiple_of(self.config.checkpoint.every) && step < total {
-                self.save(observer)?;
+                self.waits_for_saving(|session| session.save(observer))?;
             }
         }
         Ok(false)
+    }
+
+    /// Work of a checkpoint that the next step waits for.
+    fn waits_for_saving(&mut self, work: impl FnOnce(&mut Self) -> Result<(), Error>) -> Result<(), Error> {
+        let began = Instant::now();
+        work(self)?;
+        self.run.saving += began.elapsed();
+        Ok(())
     }
 
     /// What became of a step that failed, with the way back: states in memory may be of two steps, those of the last
@@ -211,8 +221,10 @@ impl Session {
         let tokens = self.batches.next_batch();
         let batch = to_batch(&tokens, self.config.train.micro_batches)?;
         let report = self.engine.step(&batch)?;
-        let time_left = self.run.pace.after(began.elapsed()).map(|each| each.mul_f64((left - 1) as f64));
-        let whole = WholeStep { tokens: tokens.input.len() as u64, time: began.elapsed(), time_left };
+        let saving = std::mem::take(&mut self.run.saving);
+        let time = began.elapsed() + saving;
+        let time_left = self.run.pace.after(time).map(|each| each.mul_f64((left - 1) as f64));
+        let whole = WholeStep { tokens: tokens.input.len() as u64, time, saving, time_left };
         if let Some(metrics) = &mut self.metrics {
             metrics.step(&self.engine, &report, &whole);
         }
@@ -230,13 +242,13 @@ impl Session {
             ));
         }
         self.note(&report, &whole, observer)?;
-        self.reap_saving(observer)
+        self.waits_for_saving(|session| session.reap_saving(observer))
     }
 
     fn note(
         &mut self,
         report: &StepReport,
-        &WholeStep { tokens, time, time_left }: &WholeStep,
+        &WholeStep { tokens, time, time_left, .. }: &WholeStep,
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
         let seconds = time.as_secs_f64();

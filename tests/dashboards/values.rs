@@ -60,8 +60,10 @@ fn train(registry: &Arc<Registry>) -> (Engine, Counted, Duration) {
         let report = engine.step(&batch()).unwrap();
         before = engine.runtime().stats();
         let start = Instant::now();
-        let time = report.stats.elapsed + Duration::from_millis(10);
-        metrics.step(&engine, &report, &WholeStep { tokens: 128, time, time_left: Some(Duration::from_secs(60)) });
+        let saving = Duration::from_millis(5);
+        let time = report.stats.elapsed + Duration::from_millis(10) + saving;
+        let time_left = Some(Duration::from_secs(60));
+        metrics.step(&engine, &report, &WholeStep { tokens: 128, time, saving, time_left });
         whole += time;
         quickest = quickest.min(start.elapsed());
     }
@@ -111,7 +113,8 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
     let phase = |phase: &str| value(&text, &phases, &format!("phase=\"{phase}\""));
     assert!(["forward", "backward"].iter().all(|&name| phase(name) > 0.0));
     assert!((phase("data") - 0.01 * STEPS as f64).abs() < 1e-9);
-    let all: f64 = ["data", "forward", "backward", "optimizer"].into_iter().map(phase).sum();
+    assert!((phase("checkpoint") - 0.005 * STEPS as f64).abs() < 1e-9);
+    let all: f64 = ["data", "forward", "backward", "optimizer", "checkpoint"].into_iter().map(phase).sum();
     assert!((all - counted.whole.as_secs_f64()).abs() < 1e-6, "{all} of {:?}", counted.whole);
     let copies = format!("{}_sum", Histogram::CopyDuration.family().name);
     // Sums of differences round.

@@ -245,9 +245,9 @@ families! {
     /// Spread of a time. Its sum divided by another's is a share of time; its count counts steps.
     Histogram {
         StepDuration = "patrickstar_train_step_duration_seconds", Seconds, [],
-            "Wall time of a step, its data included.";
+            "Wall time of a step, its data and what it waited for the checkpoint before it included.";
         PhaseDuration = "patrickstar_train_phase_duration_seconds", Seconds, ["phase"],
-            "Parts of a step, one after the other: data (reading and arranging its tokens), forward, backward (recompute included), optimizer (what no pass hides).";
+            "Parts of a step, one after the other: data (reading and arranging its tokens), forward, backward (recompute included), optimizer (what no pass hides), checkpoint (what it waited before it began because states were being saved).";
         StallDuration = "patrickstar_stall_duration_seconds", Seconds, ["cause"],
             "Time of a step in which the device had nothing to do, by what it waited for.";
         CopyDuration = "patrickstar_chunk_copy_duration_seconds", Seconds, ["from", "to"],

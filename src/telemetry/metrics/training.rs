@@ -64,11 +64,12 @@ impl TrainingMetrics {
         registry.histogram(Histogram::StepDuration, &[]).record(whole.time);
         let phases = report.phases;
         for (phase, time) in [
-            ("data", whole.time.saturating_sub(stats.elapsed)),
+            ("data", whole.time.saturating_sub(stats.elapsed + whole.saving)),
             ("forward", phases.forward),
             ("backward", phases.backward),
             ("optimizer", phases.optimizer),
         ] {
+            ("checkpoint", whole.saving),
             registry.histogram(Histogram::PhaseDuration, &[phase]).record(time);
         }
         registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));

@@ -140,20 +140,14 @@ def choice(name, label, query):
     }
 
 
-def variables(more):
+def variables():
     source = {"name": "datasource", "label": "Data Source", "type": "datasource", "query": "prometheus", "current": {}}
     return [
         source,
         choice("job", "Prometheus job", "label_values(patrickstar_build_info, job)"),
         choice("instance", "Process", 'label_values(patrickstar_build_info{job=~"$job"}, instance)'),
         choice("job_id", "Job", "label_values(patrickstar_job_info{%s}, job_id)" % PROCESS),
-    ] + more
-
-
-def number(name, label, value):
-    """A variable that the reader types."""
-    current = {"text": value, "value": value}
-    return {"name": name, "label": label, "type": "textbox", "query": value, "current": current, "options": [current | {"selected": True}]}
+    ]
 
 
 def board(name):
@@ -172,7 +166,7 @@ def board(name):
         "timezone": "browser",
         "links": [{"type": "dashboards", "title": "patrickstar", "tags": ["patrickstar"], "asDropdown": False, "keepTime": True, "includeVars": True}],
         "annotations": {"list": []},
-        "templating": {"list": variables(getattr(source, "VARIABLES", []))},
+        "templating": {"list": variables()},
         "panels": place(source.PANELS),
     }
     return json.dumps(made, indent=1) + "\n"

@@ -1,11 +1,10 @@
 """One run: does it learn, how fast, and where does the time go?"""
 
-from build import graph, heat, number, row, stat
+from build import graph, heat, row, stat
 
 TITLE = "Training run"
-VERSION = 2
+VERSION = 3
 DESCRIPTION = "Curves of a run, its speed, and what its steps spend their time on."
-VARIABLES = [number("peak_flops", "Peak FLOP/s", "989e12")]
 RATE = "[$__rate_interval]"
 STEP_TIME = "sum by (job_id) (rate(patrickstar_train_step_duration_seconds_sum{JOB}%s))" % RATE
 FLOPS = "sum by (job_id) (rate(patrickstar_train_steps_total{JOB}%s)) * on (job_id) max by (job_id) (patrickstar_model_step_flops{JOB})" % RATE
@@ -57,8 +56,9 @@ PANELS = [
     heat("Steps by time", "How many steps took how long: two bands are two kinds of steps.", "s",
          "sum by (le) (increase(patrickstar_train_step_duration_seconds_bucket{JOB}%s))" % RATE),
     graph("Model FLOP/s", "Operations that the model needs, recompute not counted, per second.", "flops", (FLOPS, "{{job_id}}"), min=0),
-    graph("MFU", "Model FLOP/s as a share of what the device can do; type that into Peak FLOP/s above (989e12 is a dense "
-          "bf16 product on an H100).", "percentunit", ("(%s) / $peak_flops" % FLOPS, "{{job_id}}"), min=0),
+    graph("MFU", "Model FLOP/s as a share of what the device can do at best in the job's precision, by the data sheet of the GPU. "
+          "Empty where that is not known: telemetry.device_peak_flops says it.", "percentunit",
+          ("(%s) / on (job_id) max by (job_id) (patrickstar_device_peak_flops{JOB})" % FLOPS, "{{job_id}}"), min=0),
 
     row("Checkpoints"),
     graph("Time since the newest checkpoint", "What a kill would cost. Before the first, time since the start.", "s",

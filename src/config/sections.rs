@@ -228,11 +228,19 @@ pub struct Telemetry {
     pub report: bool,
     /// Address at which a command-line run serves Prometheus metrics, such as "127.0.0.1:9464"; empty turns it off.
     pub metrics_listen: String,
+    /// Operations a second that the device can do at best in `model.precision`, such as 989.5e12, for the share of it that a training uses; 0 takes the data sheet of the GPU, if it is known.
+    pub device_peak_flops: f64,
 }
 
 impl Default for Telemetry {
     fn default() -> Self {
-        Telemetry { tensorboard: true, trace_steps: 0, report: true, metrics_listen: String::new() }
+        Telemetry {
+            tensorboard: true,
+            trace_steps: 0,
+            report: true,
+            metrics_listen: String::new(),
+            device_peak_flops: 0.0,
+        }
     }
 }
 

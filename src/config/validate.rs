@@ -137,6 +137,11 @@ impl Config {
             self.telemetry.metrics_listen.is_empty() || self.metrics_address().is_some(),
             "`telemetry.metrics_listen` is no address: use such as \"127.0.0.1:9464\", or \"\"",
         );
+        let peak = self.telemetry.device_peak_flops;
+        check(
+            peak.is_finite() && peak >= 0.0,
+            "`telemetry.device_peak_flops` is no number of operations: use such as 989.5e12, or 0",
+        );
         check(
             tracing_subscriber::EnvFilter::try_new(&self.service.log_level).is_ok(),
             "`service.log_level` is neither a level nor a filter: use such as \"info\", or \"\"",

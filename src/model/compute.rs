@@ -46,6 +46,15 @@ impl Compute {
         }
     }
 
+    /// What its driver calls the GPU; `None` on the host.
+    pub fn device_name(&self) -> Option<String> {
+        match self {
+            Compute::Cpu => None,
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(ops) => ops.gpu().context().name().ok(),
+        }
+    }
+
     /// Waits for everything queued without keeping a core busy.
     pub fn sleep_until_done(&self) -> Result<()> {
         match self {

@@ -4,6 +4,7 @@ pub mod alloc;
 pub mod build;
 pub mod logging;
 pub mod metrics;
+pub mod peak;
 pub mod report;
 pub mod tensorboard;
 pub mod trace;

@@ -86,6 +86,7 @@ fn train(service: &Service) -> String {
     let settings = json!({
         "model.context": 32, "train.seq_len": 32, "train.micro_batches": 2, "train.steps": 100_000_000,
         "train.recompute": "full", "train.log_every": 100, "checkpoint.every": 200, "telemetry.tensorboard": false,
+        "telemetry.device_peak_flops": 1e12,
         "memory": { "device": "2600KiB", "host": "700KiB", "disk": "4MB", "chunk": "32KiB" },
     });
     let job = service.job(&service.training_file(), &settings);

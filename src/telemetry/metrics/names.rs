@@ -173,7 +173,9 @@ families! {
         ModelStateBytes = "patrickstar_model_state_bytes", Bytes, [],
             "Bytes of weights and optimizer states.";
         ModelStepFlops = "patrickstar_model_step_flops", Flops, [],
-            "Operations that the model needs for a step, recompute not counted: steps per second times this, divided by what the device can do, is the MFU.";
+            "Operations that the model needs for a step, recompute not counted: steps per second times this, divided by patrickstar_device_peak_flops, is the MFU.";
+        DevicePeakFlops = "patrickstar_device_peak_flops", Flops, ["dtype"],
+            "Operations a second that the device can do at best in the job's precision: what telemetry.device_peak_flops or the data sheet of the GPU says; absent where neither is known.";
         ChunkSizeBytes = "patrickstar_chunk_size_bytes", Bytes, [],
             "Size of a chunk.";
         MemoryCapacity = "patrickstar_memory_capacity_bytes", Bytes, ["tier"],

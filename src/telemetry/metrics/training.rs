@@ -15,6 +15,7 @@ use super::names::{Counter, Gauge, Histogram};
 use super::registry::Registry;
 use super::{chunks, memory};
 use crate::config::Config;
+use crate::telemetry::peak::device_peak_flops;
 use crate::train::Engine;
 use crate::train::device::is_cuda;
 use crate::train::engine::StepReport;
@@ -68,8 +69,8 @@ impl TrainingMetrics {
             ("forward", phases.forward),
             ("backward", phases.backward),
             ("optimizer", phases.optimizer),
-        ] {
             ("checkpoint", whole.saving),
+        ] {
             registry.histogram(Histogram::PhaseDuration, &[phase]).record(time);
         }
         registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));
@@ -124,6 +125,9 @@ fn describe_job(registry: &Registry, engine: &Engine) {
     show(Gauge::ModelParameters, plan.parameters as f64);
     show(Gauge::ModelStateBytes, plan.model_states.0 as f64);
     show(Gauge::ChunkSizeBytes, plan.chunk.0 as f64);
+    if let Some(peak) = device_peak_flops(config, engine.compute(), engine.precision()) {
+        registry.gauge(Gauge::DevicePeakFlops, &[precision_name(engine.precision())]).set(peak);
+    }
     // Absent for models of the user's own, whose operations nobody has counted.
     if let Some(flops) = plan.flops {
         show(Gauge::ModelStepFlops, flops);

@@ -31,6 +31,8 @@ pub struct Residency {
     pub moment: Moment,
     /// By `Tier::index`.
     pub tiers: [TierUse; 3],
+    /// Bytes in each, by `Tier::index` and `Kind::index`: a chunk with copies in two tiers counts in both.
+    pub by_kind: [[u64; 6]; 3],
     /// Device memory that is not chunks.
     pub non_model: Bytes,
     /// Size of every chunk.
@@ -99,6 +101,7 @@ impl RuntimeView {
             step: table.step,
             moment: table.now,
             tiers: Tier::ALL.map(|tier| table.tier_use(tier)),
+            by_kind: table.use_by_kind(&shared.layout),
             non_model,
             chunk_bytes,
             chunks: chunks.collect(),

@@ -3,7 +3,7 @@
 from build import graph, row, stat
 
 TITLE = "Memory and chunks"
-VERSION = 3
+VERSION = 4
 DESCRIPTION = "Use of the tiers, moves between them, prefetching, eviction, and the optimizer's two sides."
 RATE = "[$__rate_interval]"
 
@@ -13,8 +13,8 @@ def quantile(name):
 
 
 def used(tier):
-    return graph("Chunks in the %s tier" % tier, "Bytes at the end of the last step, by what they hold, and what chunks may "
-                 "use there. Gradients come and go within a step." + (" All 0 where no disk tier is configured." if tier == "disk" else ""), "bytes",
+    return graph("Chunks in the %s tier" % tier, "Bytes by what they hold, and what chunks may use there: every second, wherever the step is. "
+                 "Gradients come and go within a step." + (" All 0 where no disk tier is configured." if tier == "disk" else ""), "bytes",
                  ('sum by (kind) (patrickstar_memory_used_bytes{JOB, tier="%s"})' % tier, "{{kind}}"), width=8, stack=True, min=0)
 
 
@@ -81,7 +81,7 @@ PANELS = [
           "brought first, or were on their way.", "percentunit",
           ('sum by (job_id) (rate(patrickstar_chunk_accesses_total{JOB, result="hit"}%s)) / '
            "sum by (job_id) (rate(patrickstar_chunk_accesses_total{JOB}%s))" % (RATE, RATE), "{{job_id}}"), min=0, max=1),
-    graph("States of chunks", "At the end of a step: hold: with contents, after_forward and after_backward: used by that pass, "
+    graph("States of chunks", "Every second: compute: in use, hold: with contents, after_forward and after_backward: used by that pass, "
           "move: between slots, released: used up, free: never had contents.", "none",
           ("sum by (tier, state) (patrickstar_chunks{JOB})", "{{tier}} {{state}}"), stack=True, min=0),
     graph("Stays on the device", "Half of the chunks that left the device had been there for less, had been idle for less when "

@@ -5,6 +5,7 @@ pub mod build;
 pub mod logging;
 pub mod metrics;
 pub mod peak;
+pub(crate) mod periodic;
 pub mod report;
 pub mod tensorboard;
 pub mod trace;

@@ -20,7 +20,7 @@ pub(crate) struct Device {
     pub probe: Arc<dyn MemoryProbe>,
     /// Looks after a GPU for as long as it is used.
     #[cfg(feature = "cuda")]
-    pub watch: Option<super::watch::Watch>,
+    pub watch: Option<crate::telemetry::periodic::Periodic>,
 }
 
 /// Measures activations through the counting allocator of this process, where it is installed.
@@ -136,7 +136,7 @@ fn open_gpu(ordinal: usize) -> Result<Device, Error> {
     Ok(Device {
         backend: Arc::new(CudaBackend::new(Arc::clone(ops.gpu()), Arc::clone(ops.stream()))),
         probe: Arc::new(PoolProbe(Arc::clone(ops.gpu()))),
-        watch: Some(super::watch::Watch::start(Arc::clone(ops.gpu()))?),
+        watch: Some(super::watch::start(Arc::clone(ops.gpu()))?),
         compute: Compute::Cuda(ops),
     })
 }

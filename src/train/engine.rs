@@ -87,7 +87,7 @@ pub struct Engine {
     program: Program,
     pub(super) runtime: Runtime,
     #[cfg(feature = "cuda")]
-    _watch: Option<super::watch::Watch>,
+    _watch: Option<crate::telemetry::periodic::Periodic>,
     /// Inputs of blocks that wait in host memory.
     pub(super) stash: Stash,
     config: Config,

@@ -77,11 +77,11 @@ pub struct Session {
     model: Gpt2Config,
     tokenizer: Tokenizer,
     batches: Batches,
+    /// Where this process has a registry. It looks at the engine, so it goes first.
+    metrics: Option<TrainingMetrics>,
     engine: Engine,
     history: Vec<StepPoint>,
     events: Option<EventWriter>,
-    /// Where this process has a registry.
-    metrics: Option<TrainingMetrics>,
     saving: Option<Saving>,
     last_checkpoint: Option<PathBuf>,
     /// The step whose states the output directory already has.
@@ -131,7 +131,8 @@ impl Session {
             .tensorboard
             .then(|| EventWriter::create(&output).map_err(|error| Error::io(&output, error)))
             .transpose()?;
-        let metrics = metrics::installed().map(|registry| TrainingMetrics::new(Arc::clone(registry), &engine));
+        let metrics =
+            metrics::installed().map(|registry| TrainingMetrics::new(Arc::clone(registry), &engine)).transpose()?;
         let resumed_here = checkpoint.filter(|from| from.path().parent() == Some(&checkpoints_dir(&output)));
         Ok(Session {
             config,

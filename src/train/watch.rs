@@ -2,8 +2,8 @@
 //!
 //! The questions take milliseconds, so they are asked here and seldom; everybody else reads what was found last.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
-use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use patrickstar_actors::cuda::Gpu;
@@ -12,59 +12,32 @@ use patrickstar_actors::types::Bytes;
 
 use crate::error::Error;
 use crate::telemetry::metrics;
+use crate::telemetry::periodic::Periodic;
 
 const INTERVAL: Duration = Duration::from_secs(5);
 /// Neighbours that grew by less since they were last spoken of are not worth a line.
 const WORTH_A_LINE: u64 = 256 << 20;
 
-/// Ends its thread when it is dropped.
-pub(crate) struct Watch {
-    alive: Option<flume::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+/// Starts the thread.
+pub(super) fn start(gpu: Arc<Gpu>) -> Result<Periodic, Error> {
+    let mut known = Bytes(0);
+    Periodic::start("ps-gpu-watch", INTERVAL, move || look(&gpu, &mut known))
+        .map_err(|error| Error::Failed(format!("there is no thread to watch the GPU: {error}")))
 }
 
-impl Watch {
-    pub fn start(gpu: Arc<Gpu>) -> Result<Self, Error> {
-        let (alive, ended) = flume::bounded(0);
-        let watch = move || {
-            let mut known = Bytes(0);
-            while look(&gpu, &mut known) {
-                if ended.recv_timeout(INTERVAL) == Err(flume::RecvTimeoutError::Disconnected) {
-                    return;
-                }
-            }
-        };
-        let thread = Builder::new()
-            .name("ps-gpu-watch".into())
-            .spawn(watch)
-            .map_err(|error| Error::Failed(format!("there is no thread to watch the GPU: {error}")))?;
-        Ok(Watch { alive: Some(alive), thread: Some(thread) })
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.alive = None;
-        if let Some(thread) = self.thread.take() {
-            // It ends at once; what it would say if it panicked, the panic has said.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Looks once; whether there will be more to see.
-fn look(gpu: &Gpu, known: &mut Bytes) -> bool {
+/// Looks once; goes on as long as there is more to see.
+fn look(gpu: &Gpu, known: &mut Bytes) -> ControlFlow<()> {
     match gpu.inspect() {
         Ok(reading) => {
             if let Some(registry) = metrics::installed() {
                 metrics::show_device(registry, &reading);
             }
             speak(&reading, known);
-            true
+            ControlFlow::Continue(())
         }
         Err(error) => {
             tracing::warn!("the GPU is not watched any more: {error}");
-            false
+            ControlFlow::Break(())
         }
     }
 }

@@ -9,8 +9,9 @@ use patrickstar::telemetry::metrics::{Counter, Gauge, Histogram, Registry, Train
 use patrickstar::train::model::{build, to_batch};
 use patrickstar::train::pace::WholeStep;
 use patrickstar::{Batch, Engine};
+use patrickstar_actors::Access;
 use patrickstar_actors::stats::{Direction, Pressure, Stats};
-use patrickstar_actors::types::Tier;
+use patrickstar_actors::types::{Kind, Tier};
 
 use crate::live::say;
 
@@ -52,7 +53,7 @@ fn train(registry: &Arc<Registry>) -> (Engine, Counted, Duration) {
     let mut config = config();
     let (_, blocks) = build(&mut config, &Tokenizer::load("bytes").unwrap()).unwrap();
     let mut engine = Engine::new(config, blocks).unwrap();
-    let mut metrics = TrainingMetrics::new(Arc::clone(registry), &engine);
+    let mut metrics = TrainingMetrics::new(Arc::clone(registry), &engine).unwrap();
     let mut quickest = Duration::MAX;
     let mut before = Stats::default();
     let mut whole = Duration::ZERO;
@@ -131,6 +132,7 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
         let (_, count) = line.rsplit_once(' ').unwrap();
         count.parse::<f64>().unwrap()
     });
+    // All of them, at whichever instant they were counted.
     assert_eq!(counts.sum::<f64>(), engine.runtime().layout().chunk_count() as f64);
     let samples = |histogram: Histogram| value(&text, &format!("{}_count", histogram.family().name), "");
     assert!(samples(Histogram::ChunkResidency) >= samples(Histogram::ChunkIdle) && samples(Histogram::ChunkIdle) > 0.0);
@@ -141,13 +143,10 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
         gauge(Gauge::JobEstimatedFinish, "") - SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
     assert!((30.0..=60.0).contains(&left), "{left} s are left");
     assert!(gauge(Gauge::ActorMailboxCapacity, "actor=\"reduction\"") > 0.0);
-    assert!(gauge(Gauge::ActorLastProgress, "actor=\"reduction\"") >= gauge(Gauge::JobStart, ""));
     let busy = format!("{}_sum", Histogram::ActorHandleDuration.family().name);
     assert!(value(&text, &busy, "actor=\"reduction\"") > 0.0);
 
     let runtime = engine.runtime();
-    let peak = gauge(Gauge::MemoryPeak, "tier=\"device\"");
-    assert!(peak > 0.0 && peak <= runtime.tier_use(Tier::Device).peak.0 as f64, "{peak}");
     assert_eq!(gauge(Gauge::DevicePeak, ""), runtime.device_peak().0 as f64);
 
     let (_, second, _) = train(&registry);
@@ -155,4 +154,41 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
     assert_eq!(value(&both, Counter::TrainSteps.family().name, ""), 2.0 * STEPS as f64);
     let moves = value(&both, Counter::ChunkMoves.family().name, ends) - counter(Counter::ChunkMoves, ends);
     second.assert_published(moves, |stats| stats.moves[down] as f64);
+}
+
+/// Waits for a series to be what is wanted.
+fn until_shown(registry: &Registry, gauge: Gauge, labels: &str, wanted: impl Fn(f64) -> bool) {
+    let series = format!("{}{{{labels}}} ", gauge.family().name);
+    let start = Instant::now();
+    loop {
+        let text = registry.render();
+        let shown = text.lines().find_map(|line| line.strip_prefix(&series)?.parse().ok());
+        if shown.is_some_and(&wanted) {
+            return;
+        }
+        assert!(start.elapsed() < Duration::from_secs(60), "{series} is {shown:?}:\n{text}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn what_changes_within_a_step_is_shown_before_it_ends() {
+    let registry = Arc::new(Registry::new(None).unwrap());
+    let mut config = config();
+    let (_, blocks) = build(&mut config, &Tokenizer::load("bytes").unwrap()).unwrap();
+    let mut engine = Engine::new(config, blocks).unwrap();
+    let _metrics = TrainingMetrics::new(Arc::clone(&registry), &engine).unwrap();
+    // Nobody publishes this step: to whoever looks from outside it has not ended.
+    engine.step(&batch()).unwrap();
+    engine.drain().unwrap();
+    let runtime = engine.runtime();
+    let peak = runtime.tier_use(Tier::Device).peak.0 as f64;
+    until_shown(&registry, Gauge::MemoryPeak, "tier=\"device\"", |shown| shown >= peak && peak > 0.0);
+    until_shown(&registry, Gauge::ActorLastProgress, "actor=\"reduction\"", |shown| shown > 0.0);
+    let chunk = runtime.layout().chunks().iter().find(|info| info.kind == Kind::Weight).unwrap().id;
+    let in_use = "tier=\"device\",kind=\"weight\",state=\"compute\"";
+    let lease = runtime.access_untraced(Tier::Device, vec![(chunk, Access::Read)]).unwrap();
+    until_shown(&registry, Gauge::Chunks, in_use, |shown| shown == 1.0);
+    drop(lease);
+    until_shown(&registry, Gauge::Chunks, in_use, |shown| shown == 0.0);
 }

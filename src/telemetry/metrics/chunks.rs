@@ -1,6 +1,5 @@
 //! Counters of what chunks did: moves, evictions, prefetches, updates; and the times that went with them.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use patrickstar_actors::ages::Ages;
@@ -8,7 +7,7 @@ use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::{Direction, Pressure, Reason, StallCause, Stats};
 use patrickstar_actors::types::Tier;
 
-use super::names::{Counter, Gauge, Histogram};
+use super::names::{Counter, Histogram};
 use super::registry::Registry;
 use crate::train::Engine;
 
@@ -66,25 +65,6 @@ pub(super) fn record_times(registry: &Registry, new: &Stats) {
         }
     }
     record(Histogram::AdamHostDuration, &[], new.stepping_on_host);
-}
-
-/// Chunks by tier, kind and state. What was counted once stays, at 0: its series would else keep its last number for ever.
-#[derive(Default)]
-pub(super) struct States(BTreeMap<(Option<Tier>, &'static str, &'static str), u32>);
-
-impl States {
-    /// Shows where all chunks are, and in what state.
-    pub fn show(&mut self, registry: &Registry, engine: &Engine) {
-        let Some(residency) = engine.runtime().view().residency() else { return };
-        self.0.values_mut().for_each(|count| *count = 0);
-        for chunk in &residency.chunks {
-            *self.0.entry((chunk.tier, chunk.kind.name(), chunk.state)).or_default() += 1;
-        }
-        for (&(tier, kind, state), &count) in &self.0 {
-            let tier = tier.map_or("none".to_owned(), |tier| tier.to_string());
-            registry.gauge(Gauge::Chunks, &[&tier, kind, state]).set(f64::from(count));
-        }
-    }
 }
 
 /// Records how long chunks stayed on the device.

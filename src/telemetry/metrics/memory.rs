@@ -1,28 +1,12 @@
-//! Gauges of memory: what every tier may hold, holds and has held.
-
-use patrickstar_actors::types::{Kind, Tier};
+//! Gauges of the most that memory has held: known when a step has ended. What it holds now is in `live`.
 
 use super::names::Gauge;
 use super::registry::Registry;
 use crate::train::Engine;
 
-/// Shows the tiers as they are now.
-pub(super) fn show(registry: &Registry, engine: &Engine) {
+/// Shows the peaks up to now.
+pub(super) fn show_peaks(registry: &Registry, engine: &Engine) {
     let runtime = engine.runtime();
-    let by_kind = runtime.use_by_kind();
-    let kinds = engine.precision().persistent_kinds().iter().copied().chain([Kind::Gradient]);
-    for tier in Tier::ALL {
-        let (used, name) = (runtime.tier_use(tier), tier.to_string());
-        for (gauge, bytes) in
-            [(Gauge::MemoryCapacity, used.capacity), (Gauge::MemoryBudget, used.budget), (Gauge::MemoryPeak, used.peak)]
-        {
-            registry.gauge(gauge, &[&name]).set(bytes.0 as f64);
-        }
-        for kind in kinds.clone() {
-            let bytes = by_kind[tier.index()][kind.index()];
-            registry.gauge(Gauge::MemoryUsed, &[&name, kind.name()]).set(bytes as f64);
-        }
-    }
     let non_model = runtime.non_model_by_moment().into_iter().max().unwrap_or(0);
     registry.gauge(Gauge::DeviceLimit, &[]).set(runtime.device().0 as f64);
     registry.gauge(Gauge::DevicePeak, &[]).set(runtime.device_peak().0 as f64);

@@ -3,7 +3,8 @@
 //! - [`names`]: every metric, one enum a kind.
 //! - [`registry`]: series of a job or of the process, their upkeep (`upkeep`, `process`) and their end.
 //! - [`listener`]: the endpoint of `train --metrics`.
-//! - [`training`]: fills the series of a job after each step; `chunks` and `memory` are parts of it.
+//! - [`training`]: fills the series of a job after each step; `chunks` and `memory` are parts of it, `live` fills those that
+//!   change within a step.
 //! - `device`: fills those of a GPU, now and then.
 //! - [`merge`](fn@merge): one text out of several registries'.
 //! - [`docs`] writes `docs/METRICS.md`.
@@ -13,6 +14,7 @@ mod chunks;
 mod device;
 pub mod docs;
 pub mod listener;
+mod live;
 mod memory;
 mod merge;
 pub mod names;

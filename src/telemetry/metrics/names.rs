@@ -183,11 +183,11 @@ families! {
         MemoryBudget = "patrickstar_memory_budget_bytes", Bytes, ["tier"],
             "Bytes of a tier that chunks may use now.";
         MemoryUsed = "patrickstar_memory_used_bytes", Bytes, ["tier", "kind"],
-            "Bytes of chunks in a tier at the end of the last step, by what they hold.";
+            "Bytes of chunks in a tier by what they hold, every second, within a step too.";
         MemoryPeak = "patrickstar_memory_peak_bytes", Bytes, ["tier"],
             "Most bytes of chunks that a tier has held.";
         Chunks = "patrickstar_chunks", Count, ["tier", "kind", "state"],
-            "Chunks by the nearest tier that holds them (none: without contents, or on their first way), by what they hold, and by state at the end of the last step.";
+            "Chunks by the nearest tier that holds them (none: without contents, or on their first way), by what they hold, and by state, every second, within a step too.";
         ChunkBytes = CHUNK_BYTES, Bytes, ["tier"],
             "Bytes of chunk slots in use, sampled by the monitor while a step runs.";
         DeviceLimit = "patrickstar_device_limit_bytes", Bytes, [],
@@ -217,7 +217,7 @@ families! {
         CheckpointLastSuccess = "patrickstar_checkpoint_last_success_timestamp_seconds", Timestamp, [],
             "When the newest checkpoint was safe on disk; absent before the first.";
         ActorMailbox = "patrickstar_actor_mailbox_messages", Count, ["actor"],
-            "Messages that wait for an actor, at the end of the last step.";
+            "Messages that wait for an actor, every second, within a step too.";
         ActorMailboxCapacity = "patrickstar_actor_mailbox_capacity", Count, ["actor"],
             "Messages that an actor's mailbox holds: when it is full, senders wait.";
         ActorLastProgress = "patrickstar_actor_last_progress_timestamp_seconds", Timestamp, ["actor"],

@@ -12,9 +12,10 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use super::names::{Counter, Family, Gauge, Histogram};
 use super::process::ProcessSampler;
-use super::upkeep::Upkeep;
+use super::upkeep;
 use crate::error::Error;
 use crate::telemetry::build;
+use crate::telemetry::periodic::Periodic;
 
 static PROCESS: OnceLock<Arc<Registry>> = OnceLock::new();
 
@@ -22,7 +23,7 @@ static PROCESS: OnceLock<Arc<Registry>> = OnceLock::new();
 pub struct Registry {
     recorder: Arc<PrometheusRecorder>,
     handle: PrometheusHandle,
-    upkeep: Option<Upkeep>,
+    upkeep: Option<Periodic>,
 }
 
 impl Registry {
@@ -36,7 +37,7 @@ impl Registry {
         let mut registry = Registry { handle: recorder.handle(), recorder: Arc::new(recorder), upkeep: None };
         registry.describe();
         let sampler = with_process.then(|| ProcessSampler::new(&registry));
-        let upkeep = Upkeep::start(registry.handle.clone(), sampler)
+        let upkeep = upkeep::start(registry.handle.clone(), sampler)
             .map_err(|error| failed(format!("there is no thread for their upkeep: {error}")))?;
         registry.upkeep = Some(upkeep);
         Ok(registry)

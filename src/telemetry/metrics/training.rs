@@ -2,20 +2,22 @@
 //!
 //! Totals of the runtime become increments here, so that a second engine under the same registry goes on counting where the
 //! first one stopped. Seconds are recorded once a step and read by their sums: the exporter's counters hold whole numbers.
-//! Series are looked up once a step, about eighty of them: that takes 20 to 30 microseconds.
+//! Series are looked up once a step. What changes within a step is shown by a thread beside it (`live`).
 
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use patrickstar_actors::health::ActorStatus;
 use patrickstar_actors::stats::Stats;
-use patrickstar_actors::types::Precision;
+use patrickstar_actors::types::{Kind, Precision};
 
 use super::names::{Counter, Gauge, Histogram};
 use super::registry::Registry;
-use super::{chunks, memory};
+use super::{chunks, live, memory};
 use crate::config::Config;
+use crate::error::Error;
 use crate::telemetry::peak::device_peak_flops;
+use crate::telemetry::periodic::Periodic;
 use crate::train::Engine;
 use crate::train::device::is_cuda;
 use crate::train::engine::StepReport;
@@ -28,12 +30,12 @@ pub struct TrainingMetrics {
     stats: Stats,
     actors: Vec<ActorStatus>,
     saving_since: Option<Instant>,
-    states: chunks::States,
+    _live: Periodic,
 }
 
 impl TrainingMetrics {
     /// Says which training it is, and shows everything that is known before the first step.
-    pub fn new(registry: Arc<Registry>, engine: &Engine) -> Self {
+    pub fn new(registry: Arc<Registry>, engine: &Engine) -> Result<Self, Error> {
         describe_job(&registry, engine);
         // Counters begin at 0 and not at their first increment, which `rate` would not see.
         count_step(&registry, 0, 0, false, false);
@@ -43,15 +45,16 @@ impl TrainingMetrics {
         let actors = engine.runtime().actors();
         actors.iter().for_each(|status| count_actor(&registry, status, 0, 0));
         chunks::count(&registry, engine, &Stats::default());
-        memory::show(&registry, engine);
-        let mut states = chunks::States::default();
-        states.show(&registry, engine);
+        memory::show_peaks(&registry, engine);
         registry.gauge(Gauge::JobProgress, &[]).set(progress(engine));
         // A training that hangs in its first step has made no progress since it began.
         registry.gauge(Gauge::TrainStep, &[]).set(engine.current_step().0 as f64);
         registry.gauge(Gauge::JobLastStep, &[]).set(now());
         let actors = without_counts(actors);
-        TrainingMetrics { registry, stats: Stats::default(), actors, saving_since: None, states }
+        let kinds = engine.precision().persistent_kinds().iter().copied().chain([Kind::Gradient]).collect();
+        let live = live::start(Arc::clone(&registry), engine.runtime().view(), kinds)
+            .map_err(|error| Error::Failed(format!("there is no thread for live metrics: {error}")))?;
+        Ok(TrainingMetrics { registry, stats: Stats::default(), actors, saving_since: None, _live: live })
     }
 
     /// Publishes a step. A step whose loss ends the training counts too:
@@ -84,8 +87,7 @@ impl TrainingMetrics {
         chunks::count(registry, engine, &new);
         chunks::record_times(registry, &new);
         self.stats = stats;
-        memory::show(registry, engine);
-        self.states.show(registry, engine);
+        memory::show_peaks(registry, engine);
         chunks::record_ages(registry, engine);
 
         let actors = engine.runtime().actors();
@@ -174,11 +176,6 @@ fn count_step(registry: &Registry, steps: u64, tokens: u64, overflow: bool, non_
 fn count_actor(registry: &Registry, status: &ActorStatus, handled: u64, restarts: u64) {
     registry.counter(Counter::ActorMessages, &[status.actor]).increment(handled);
     registry.counter(Counter::ActorRestarts, &[status.actor]).increment(restarts);
-    registry.gauge(Gauge::ActorMailbox, &[status.actor]).set(status.waiting as f64);
-    registry.gauge(Gauge::ActorMailboxCapacity, &[status.actor]).set(status.capacity as f64);
-    if let Some(time) = status.last_progress {
-        registry.gauge(Gauge::ActorLastProgress, &[status.actor]).set(time);
-    }
 }
 
 /// The actors before they did anything: what they did before the first step counts with it.

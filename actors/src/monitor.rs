@@ -284,9 +284,11 @@ fn homeless_chunks(layout: &Layout, plan: &Plan, together: bool, table: &Table) 
     let waiting = if together {
         gradients.len()
     } else {
-        // Others are used up as they come.
+        // Others are used up as they come; those of rows that are looked up in host memory come there at once.
         let moments = (0..plan.trace.moments()).map(|moment| plan.trace.at(Moment(moment as u32)));
-        moments.map(|chunks| chunks.iter().filter(|&&chunk| is_gradient(chunk)).count()).max().unwrap_or(0)
+        let at_once = moments.map(|chunks| chunks.iter().filter(|&&chunk| is_gradient(chunk)).count());
+        let looked_up = plan.trace.chunks_on_host().filter(|&chunk| is_gradient(chunk)).count();
+        at_once.max().unwrap_or(0).max(looked_up)
     };
     // A chunk on its way out while another is on its way in, and a group that a checkpoint reads.
     let spare = 2 + states.len().div_ceil(layout.group_count().max(1));

@@ -94,6 +94,11 @@ impl Trace {
         self.uses.keys().copied()
     }
 
+    /// Chunks that are needed in host memory.
+    pub fn chunks_on_host(&self) -> impl Iterator<Item = ChunkId> + '_ {
+        self.uses_on_host.keys().copied()
+    }
+
     /// The most chunks that one moment needs.
     pub fn largest_moment(&self) -> usize {
         self.accesses.iter().map(Vec::len).max().unwrap_or(0)
@@ -140,6 +145,7 @@ mod tests {
         recorder.access(&[ChunkId(2)]);
         let trace = recorder.finish();
         assert_eq!((trace.moments(), trace.at(Moment(0)), trace.chunks().count()), (3, &[][..], 2));
+        assert_eq!(trace.chunks_on_host().collect::<Vec<_>>(), [ChunkId(0), ChunkId(1)]);
         assert_eq!(trace.distance_to_next_use(ChunkId(0), Moment(1), false), None);
         assert_eq!(trace.distance_to_any_use(ChunkId(0), Moment(1)), Some(2));
         assert_eq!(trace.distance_to_any_use(ChunkId(1), Moment(0)), Some(1));

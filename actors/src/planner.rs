@@ -442,6 +442,8 @@ impl<'a> Planner<'a> {
                     && known
                     && table.group(info.group).pending_update.is_none()
                     && entry.leases.iter().all(|&leases| leases == 0)
+                    // A gradient is in one place: whoever waits for it in host memory would never see it there.
+                    && !this.wanted.contains(&(Tier::Host, chunk))
             };
             let budget = self.prefetch_budget.min(table.budget[device]);
             let free = budget.saturating_sub(table.used(Tier::Device) + short) as usize;

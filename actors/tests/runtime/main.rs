@@ -5,15 +5,15 @@
 
 use std::time::Duration;
 
-use patrickstar_actors::Retune;
 use patrickstar_actors::chunk::Layout;
 use patrickstar_actors::health::ActorName;
 use patrickstar_actors::runtime::StepStart;
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::stats::Direction;
-use patrickstar_actors::types::{Bytes, Precision, Step};
+use patrickstar_actors::types::{Bytes, ChunkId, Kind, Precision, Step, Tier};
+use patrickstar_actors::{Access, Retune};
 
-use model::{CHUNK, Case, DEVICE, HOST, Model, specs, train};
+use model::{BLOCKS, CHUNK, Case, DEVICE, HOST, Model, chunks, specs, train};
 
 mod memory;
 mod model;
@@ -129,6 +129,36 @@ fn prefetched_weights_are_there_when_asked_for() {
     let stats = model.runtime.stats();
     assert!(stats.prefetch_useful > 0, "{stats:?}");
     assert!(stats.moves[Direction::HostToDevice as usize] > 0);
+}
+
+/// They arrive one by one, and those that are there are used next on the device.
+#[test]
+fn gradients_that_an_access_awaits_in_host_memory_are_not_fetched_back() {
+    let case = Case { prefetch: 8, ..Case::resident(Precision::Fp32, 0.0) };
+    let mut model = Model::new(&case).expect("start");
+    let in_block: Vec<_> = (0..BLOCKS).map(|block| chunks(model.runtime.layout(), block, Kind::Gradient)).collect();
+    let mut gradients = in_block.concat();
+    gradients.sort();
+    gradients.dedup();
+    let request = |chunks: &[ChunkId]| chunks.iter().map(|&chunk| (chunk, Access::Fresh)).collect();
+    for step in 1..=20 {
+        model.runtime.begin_step(StepStart::new(Step(step), 1e-2)).expect("begin");
+        for tier in [Tier::Device, Tier::Host] {
+            let lease = model.runtime.access(String::new, tier, request(&gradients)).expect("lease");
+            model.runtime.release_forward(lease).expect("release");
+        }
+        for block in in_block.iter().rev() {
+            let lease = model.runtime.access(String::new, Tier::Device, request(block)).expect("lease");
+            model.runtime.release_backward(lease).expect("release");
+        }
+        model.runtime.end_step().expect("end");
+        model.runtime.drain().expect("drain");
+    }
+    // To the host for the access, back, and to the host's update.
+    let moves = model.runtime.stats().moves;
+    let once_a_step = 20 * gradients.len() as u64;
+    assert_eq!(moves[Direction::HostToDevice as usize], once_a_step);
+    assert_eq!(moves[Direction::DeviceToHost as usize], 2 * once_a_step);
 }
 
 #[test]

@@ -94,7 +94,7 @@ pub struct Model {
     pub precision: Precision,
 }
 
-fn chunks(layout: &Layout, block: usize, kind: Kind) -> Vec<ChunkId> {
+pub fn chunks(layout: &Layout, block: usize, kind: Kind) -> Vec<ChunkId> {
     let mut chunks: Vec<ChunkId> = uses(block)
         .into_iter()
         .flat_map(|tensor| layout.tiles(tensor).iter().flat_map(|tile| layout.group_chunks(tile.group, kind)).copied())

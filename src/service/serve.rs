@@ -10,7 +10,7 @@ use rustix::process::{Resource, Rlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
-use super::api::{self, State};
+use super::api::{self, State, Tails};
 use super::error::ServiceError;
 use super::live::Live;
 use super::notify;
@@ -83,6 +83,7 @@ async fn run(settings: Settings, ready: impl FnOnce(SocketAddr)) -> Result<(), S
     let samplers = Samplers::new(settings.sample_device, settings.limits);
     let watched = settings.watch_config;
     let (server, address) = api::server(State {
+        tails: Tails::new(store.clone()),
         settings,
         store,
         supervisor: handle.clone(),

@@ -1,11 +1,11 @@
 //! What many clients cost a training, and how long they wait: 200 that poll a job once a second and 50 that follow its events,
 //! against the same job alone, in turns.
 //!
-//! It takes minutes and wants a calm machine, so it runs when it is asked for, with a program built for speed:
+//! It takes minutes and wants a calm machine, so it runs when it is asked for, all built for speed: program and
+//! clients share the machine.
 //!
 //! ```sh
-//! cargo build --release
-//! PATRICKSTAR_PROGRAM=target/release/patrickstar cargo test --test load -- --ignored --nocapture
+//! cargo test --release --test load -- --ignored --nocapture
 //! ```
 //!
 //! Speeds are printed beside their targets; what is asserted is that every answer came, and every step once.

@@ -22,6 +22,7 @@ mod params;
 mod peer;
 mod plan;
 mod stream;
+mod tail;
 mod trace;
 mod upload;
 mod view;
@@ -43,6 +44,7 @@ use super::supervisor::SupervisorHandle;
 use super::tokens::Scope;
 
 pub use document::openapi;
+pub(super) use tail::Tails;
 
 /// What every handler may use.
 pub(super) struct State {
@@ -50,6 +52,7 @@ pub(super) struct State {
     pub store: StoreHandle,
     pub supervisor: SupervisorHandle,
     pub samplers: Samplers,
+    pub tails: Tails,
     pub live: Arc<Live>,
     /// Turns true when the service begins to end.
     pub stopping: watch::Receiver<bool>,

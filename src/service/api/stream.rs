@@ -3,24 +3,22 @@
 //! An event goes out only after it is stored, under its place in the database. A client that comes back with that place in
 //! `Last-Event-ID` gets what it missed: no event is lost, none comes twice.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use actix_web::http::header::{CACHE_CONTROL, HeaderName};
 use actix_web::web::Bytes;
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::stream::unfold;
-use serde::Serialize;
 use tokio::sync::watch;
 
 use super::measure::Counted;
-use super::view::{Event, Job};
+use super::tail::{News, Tail};
 use super::{State, jobs};
 use crate::service::error::ServiceError;
-use crate::service::store::{EventRow, JobId, Seq, Store, StoreHandle};
+use crate::service::store::Seq;
 use crate::telemetry::metrics::Gauge;
 
-/// Events that are sent together.
-const TOGETHER: usize = 200;
 /// A line now and then tells proxies that the stream lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// Many small changes become one read.
@@ -45,10 +43,9 @@ pub(super) async fn stream(
         }
     };
     let follower = Follower {
-        store: state.store.clone(),
         changes: state.store.watch(),
         stopping: state.stopping.clone(),
-        job: job.id,
+        tail: state.tails.of(&job.id),
         last,
         ended: false,
         _open: Counted::new(Gauge::OpenStreams),
@@ -61,10 +58,9 @@ pub(super) async fn stream(
 }
 
 struct Follower {
-    store: StoreHandle,
     changes: watch::Receiver<u64>,
     stopping: watch::Receiver<bool>,
-    job: JobId,
+    tail: Arc<Tail>,
     last: Seq,
     ended: bool,
     /// Counted as long as it lasts.
@@ -77,10 +73,17 @@ async fn next(mut follower: Follower) -> Option<(Result<Bytes, ServiceError>, Fo
             return None;
         }
         // Marked before reading, so that what is stored while reading wakes us again.
-        follower.changes.borrow_and_update();
-        match follower.read().await {
-            Ok(Some(text)) => return Some((Ok(text.into()), follower)),
-            Ok(None) => {}
+        let change = *follower.changes.borrow_and_update();
+        match follower.tail.after(follower.last, change).await {
+            Ok(News::Events(newest, text)) => {
+                follower.last = newest;
+                return Some((Ok(text), follower));
+            }
+            Ok(News::End(text)) => {
+                follower.ended = true;
+                return Some((Ok(text), follower));
+            }
+            Ok(News::Nothing) => {}
             Err(error) => {
                 follower.ended = true;
                 return Some((Err(error), follower));
@@ -98,34 +101,4 @@ async fn next(mut follower: Follower) -> Option<(Result<Bytes, ServiceError>, Fo
         }
         tokio::time::sleep(PAUSE).await;
     }
-}
-
-impl Follower {
-    /// What came since the last time; the job's end, once there is nothing else.
-    async fn read(&mut self) -> Result<Option<String>, ServiceError> {
-        let (id, last) = (self.job.clone(), self.last);
-        // The job counts once there is nothing else: many clients read many times.
-        let read = move |store: &Store| {
-            let events = store.events_since(&id, last, TOGETHER)?;
-            let job = if events.is_empty() { store.job(&id)? } else { None };
-            Ok((job, events))
-        };
-        let (job, events) = self.store.read(read).await?;
-        let Some(newest) = events.last() else {
-            let ended = job.filter(|job| job.status.is_final());
-            self.ended = ended.is_some();
-            return ended.map(|job| Ok(format!("event: end\ndata: {}\n\n", one_line(&Job::from(&job))?))).transpose();
-        };
-        self.last = newest.seq;
-        let line = |row: &EventRow| {
-            let event = Event::from(row);
-            Ok(format!("id: {}\nevent: {}\ndata: {}\n\n", row.seq.0, event.kind.name(), one_line(&event)?))
-        };
-        events.iter().map(line).collect::<Result<String, ServiceError>>().map(Some)
-    }
-}
-
-/// JSON without a line break, which would end the data of an event.
-fn one_line(value: &impl Serialize) -> Result<String, ServiceError> {
-    serde_json::to_string(value).map_err(|error| ServiceError::Internal(format!("an event is not JSON: {error}")))
 }

@@ -213,6 +213,13 @@ impl Store {
         Ok(Page::cut(rows.collect::<Result<_, _>>()?, limit))
     }
 
+    /// The newest event of a job; 0 if there is none.
+    pub fn newest_event(&self, job: &JobId) -> Result<Seq, StoreError> {
+        let sql = "SELECT max(seq) FROM events WHERE job = ?1";
+        let newest: Option<Seq> = self.connection.query_row(sql, [job], |row| row.get(0))?;
+        Ok(newest.unwrap_or(Seq(0)))
+    }
+
     /// Events of a job that were stored after `seq`, oldest first, for a stream.
     pub fn events_since(&self, job: &JobId, seq: Seq, limit: usize) -> Result<Vec<EventRow>, StoreError> {
         let sql = "SELECT * FROM events WHERE job = ?1 AND seq > ?2 ORDER BY seq LIMIT ?3";

@@ -120,6 +120,31 @@ fn a_step_whose_gradients_overflow_updates_nothing_and_the_next_one_goes_on() {
 }
 
 #[test]
+fn a_step_that_waits_for_a_checkpoint_says_so() {
+    use patrickstar_actors::stats::StallCause;
+    use patrickstar_actors::types::GroupId;
+
+    let mut model = Model::new(&Case::resident(Precision::Bf16, 0.0)).unwrap();
+    model.step(1).unwrap();
+    model.runtime.drain().unwrap();
+    model.runtime.begin_save().unwrap();
+    // Groups are to be saved before step 2 updates them, and no block is used in step 3 before that.
+    model.step(2).unwrap();
+    let (reader, view) = (model.runtime.reader(), model.runtime.view());
+    let saver = std::thread::spawn(move || {
+        while view.residency().unwrap().step < Step(3) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        (0..reader.layout().group_count() as u32).for_each(|group| reader.saved(GroupId(group)));
+    });
+    model.step(3).unwrap();
+    saver.join().unwrap();
+    let stalls = model.runtime.stats().stalls;
+    assert!(stalls[StallCause::Checkpoint as usize] > Duration::from_millis(1), "{stalls:?}");
+}
+
+#[test]
 fn prefetched_weights_are_there_when_asked_for() {
     let case = Case { device_slots: 14, prefetch: 8, ..Case::resident(Precision::Fp32, 0.0) };
     let mut model = Model::new(&case).expect("start");

@@ -49,6 +49,7 @@ mod system;
 mod table;
 pub mod timeline;
 pub mod types;
+mod untraced;
 mod updates;
 pub mod view;
 

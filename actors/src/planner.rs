@@ -437,7 +437,7 @@ impl<'a> Planner<'a> {
             let eligible = |chunk: ChunkId| {
                 let entry = table.entry(chunk);
                 let info = layout.chunk(chunk);
-                let known = table.has_payload(chunk) || info.kind == Kind::Gradient;
+                let known = table.has_payload(chunk) || (info.kind == Kind::Gradient && !table.forward_only);
                 entry.moving.is_none()
                     && known
                     && table.group(info.group).pending_update.is_none()

@@ -237,7 +237,7 @@ impl Runtime {
                     group.side = side;
                 }
             }
-            (table.step, table.now) = (start.step, Moment(0));
+            (table.step, table.now, table.forward_only) = (start.step, Moment(0), false);
         }
         let before = self.stats();
         self.step = StepState { start, moment: 0, began: Instant::now(), before };
@@ -254,11 +254,6 @@ impl Runtime {
     ) -> Result<Lease, RuntimeError> {
         let moment = self.enter_moment(&label, tier, &chunks);
         self.shared.lease_at(Some(moment), Requester::Compute, tier, chunks)
-    }
-
-    /// Leases outside of a step: evaluation and generation.
-    pub fn access_untraced(&self, tier: Tier, chunks: Vec<(ChunkId, Access)>) -> Result<Lease, RuntimeError> {
-        self.shared.lease(Requester::Compute, tier, chunks)
     }
 
     fn enter_moment(&mut self, label: &impl Fn() -> String, tier: Tier, chunks: &[(ChunkId, Access)]) -> Moment {

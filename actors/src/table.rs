@@ -175,6 +175,8 @@ pub(crate) struct Table {
     pub requests: VecDeque<Request>,
     pub step: Step,
     pub now: Moment,
+    /// The moments are those of a forward pass that no backward follows: nobody will need gradients.
+    pub forward_only: bool,
     pub tick: u64,
     pub stats: Stats,
     pub ages: Ages,
@@ -215,6 +217,7 @@ impl Table {
             requests: VecDeque::new(),
             step: Step(0),
             now: Moment(0),
+            forward_only: false,
             tick: 0,
             stats: Stats::default(),
             ages: Ages::default(),

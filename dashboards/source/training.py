@@ -27,7 +27,9 @@ PANELS = [
          thresholds=[(None, "green"), (300, "orange"), (900, "red")]),
 
     row("Learning"),
-    graph("Loss", "Mean loss of the last step.", "none", ("patrickstar_train_loss{JOB}", "{{job_id}}")),
+    graph("Loss", "Mean loss of the last step, and on validation data where there is any: if that rises while the other falls, the "
+          "model learns its data by heart.", "none", ("patrickstar_train_loss{JOB}", "{{job_id}}"),
+          ("patrickstar_valid_loss{JOB}", "{{job_id}} validation")),
     graph("Gradient norm", "Global norm before clipping. A rise over orders of magnitude comes before a loss that explodes.",
           "none", ("patrickstar_train_gradient_norm{JOB}", "{{job_id}}"), log=True),
     graph("Learning rate", "As the schedule gives it.", "none", ("patrickstar_train_learning_rate{JOB}", "{{job_id}}"), min=0),
@@ -43,7 +45,7 @@ PANELS = [
     graph("Time of a step", "Half of the steps, and all but one in a hundred, are faster.", "s",
           (quantile(0.5), "{{job_id}} median"), (quantile(0.99), "{{job_id}} 99 %"), min=0),
     graph("Phases of a step", "Mean time of each. `backward` includes recompute, `optimizer` is what no pass hides, `checkpoint` what "
-          "a step waits before it begins because states are being saved; on a GPU the passes are timed there, waits for copies included.", "s",
+          "a step waits before it begins because states are being saved, `validation` what the loss on validation data took; on a GPU the passes are timed there, waits for copies included.", "s",
           ("sum by (phase) (rate(patrickstar_train_phase_duration_seconds_sum{JOB}%s)) / ignoring (phase) group_left "
            "sum(rate(patrickstar_train_step_duration_seconds_count{JOB}%s))" % (RATE, RATE), "{{phase}}"), stack=True, min=0),
     graph("Where the time goes", "Shares of the steps' time: reading data, and the device's waits by cause. The rest is "

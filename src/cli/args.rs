@@ -199,6 +199,9 @@ pub struct SubmitArgs {
     /// What to train on instead of data.path: text files, directories of them, or JSONL; it is uploaded.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub data: Vec<PathBuf>,
+    /// What to look at the loss on instead of data.validation_path, without training; it is uploaded.
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub validation: Vec<PathBuf>,
     /// Model of the service to begin with; otherwise the one that the configuration describes.
     #[arg(long, value_name = "NAME")]
     pub model: Option<String>,

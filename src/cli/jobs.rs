@@ -150,7 +150,9 @@ impl Watcher {
             self.told = Some(Instant::now());
         }
         let number = |name: &str| data[name].as_f64().unwrap_or(f64::NAN);
-        let text = format!("loss {:.4}  {:.0} tok/s", number("train_loss"), number("tokens_per_second"));
+        let validation = data["valid_loss"].as_f64().map(|loss| format!("  validation {loss:.4}")).unwrap_or_default();
+        let rate = number("tokens_per_second");
+        let text = format!("loss {:.4}{validation}  {rate:.0} tok/s", number("train_loss"));
         self.steps.step(step, &text, worth_a_line);
     }
 }

@@ -18,6 +18,11 @@ pub fn run(args: SubmitArgs) -> Result<ExitCode, CliError> {
     let mut body = body(&args, &loaded)?;
     let data = if args.data.is_empty() { vec![loaded.config.data.path.clone()] } else { args.data.clone() };
     body["training_file"] = upload(&client, &data)?;
+    let own = loaded.config.data.validation_path.iter().cloned().collect();
+    let validation = if args.validation.is_empty() { own } else { args.validation.clone() };
+    if !validation.is_empty() {
+        body["validation_file"] = upload(&client, &validation)?;
+    }
     let job = client.create(&body)?;
     if !args.wait {
         show(&job, args.connection.json)?;
@@ -52,8 +57,8 @@ fn body(args: &SubmitArgs, loaded: &Loaded) -> Result<Value, CliError> {
             settings.insert(key, value.clone());
         }
     }
-    // Both are sent by other means.
-    left_out.retain(|key| key != "data.path" && key != "model.path");
+    // These are sent by other means.
+    left_out.retain(|key| !["data.path", "data.validation_path", "model.path"].contains(&key.as_str()));
     if !left_out.is_empty() {
         output::note(&format!("left to the service: {}", left_out.join(", ")));
     }

@@ -99,8 +99,9 @@ impl Lines {
 impl Observer for Lines {
     fn step(&mut self, report: &StepReport, progress: &Progress) {
         let step = report.stats.step.0;
+        let validation = progress.valid_loss.map(|loss| format!("  validation {loss:.4}")).unwrap_or_default();
         let text = format!(
-            "loss {:.4}  {:.0} tok/s  stall {:.1} %  device {} / {}  host {}",
+            "loss {:.4}{validation}  {:.0} tok/s  stall {:.1} %  device {} / {}  host {}",
             report.loss,
             progress.tokens_per_second,
             100.0 * report.stall_ratio(),
@@ -108,14 +109,18 @@ impl Observer for Lines {
             progress.device_budget,
             progress.host_used,
         );
-        let worth_a_line = step == 1 || step.is_multiple_of(self.every) || step == self.steps.total();
+        let worth_a_line =
+            step == 1 || step.is_multiple_of(self.every) || step == self.steps.total() || progress.valid_loss.is_some();
         self.steps.step(step, &text, worth_a_line);
         if self.json && worth_a_line {
-            let line = serde_json::json!({
+            let mut line = serde_json::json!({
                 "step": step, "loss": report.loss, "learning_rate": report.learning_rate,
                 "gradient_norm": report.stats.gradient_norm, "tokens_per_second": progress.tokens_per_second,
                 "stall_ratio": report.stall_ratio(), "chunk_moves": report.stats.stats.chunk_moves(),
             });
+            if let Some(loss) = progress.valid_loss {
+                line["valid_loss"] = loss.into();
+            }
             // A reader that left is noticed at the last line, which matters.
             let _ = output::json(&line);
         }

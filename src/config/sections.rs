@@ -146,6 +146,10 @@ pub struct Train {
     pub seed: u64,
     /// Steps between two progress lines.
     pub log_every: u64,
+    /// Steps between two looks at the loss on `data.validation_path`, which is also looked at after the last step; 0 looks only then.
+    pub eval_every: u64,
+    /// Batches of `batch` sequences of `data.validation_path` that a look takes, always the first ones; 0 takes all.
+    pub eval_batches: u64,
     /// Run directory: checkpoints, events and reports.
     pub output: PathBuf,
     /// Tokens to generate at the end of the run; 0 turns it off.
@@ -175,6 +179,8 @@ impl Default for Train {
             clip_norm: 1.0,
             seed: 0,
             log_every: 10,
+            eval_every: 100,
+            eval_batches: 0,
             output: "runs/default".into(),
             sample_tokens: 0,
             sample_prompt: "The ".into(),
@@ -188,6 +194,8 @@ impl Default for Train {
 pub struct Data {
     /// File or directory of text.
     pub path: PathBuf,
+    /// File or directory of text that is not trained on, for a validation loss every `train.eval_every` steps; left out, there is none.
+    pub validation_path: Option<PathBuf>,
     /// "bytes", or the path of a tokenizer.json.
     pub tokenizer: String,
     /// Whether sequences are drawn in a seeded random order.
@@ -196,7 +204,7 @@ pub struct Data {
 
 impl Default for Data {
     fn default() -> Self {
-        Data { path: ".".into(), tokenizer: "bytes".into(), shuffle: true }
+        Data { path: ".".into(), validation_path: None, tokenizer: "bytes".into(), shuffle: true }
     }
 }
 

@@ -132,6 +132,10 @@ impl Config {
             }
         };
         check(!self.data.path.as_os_str().is_empty(), "`data.path` is empty: name a file or directory of text");
+        check(
+            self.data.validation_path.as_ref().is_none_or(|path| !path.as_os_str().is_empty()),
+            "`data.validation_path` is empty: name a file or directory of text, or leave it out",
+        );
         check(!self.data.tokenizer.is_empty(), "`data.tokenizer` is empty: use \"bytes\" or a tokenizer.json");
         check(
             self.telemetry.metrics_listen.is_empty() || self.metrics_address().is_some(),

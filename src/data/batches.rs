@@ -23,6 +23,17 @@ pub struct TokenBatch {
     pub seq_len: usize,
 }
 
+impl TokenBatch {
+    /// Adds the sequence that begins at `start`; the corpus has a token after it.
+    pub(super) fn push(&mut self, corpus: &Corpus, start: u64) {
+        let mut window = vec![0; self.seq_len + 1];
+        corpus.copy_tokens(start, &mut window);
+        self.input.extend_from_slice(&window[..self.seq_len]);
+        corpus.mask_context(start + 1, &mut window[1..]);
+        self.target.extend_from_slice(&window[1..]);
+    }
+}
+
 /// Where a run is in its data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataPosition {
@@ -76,7 +87,6 @@ impl Batches {
             sequences: self.sequences,
             seq_len: self.seq_len,
         };
-        let mut window = vec![0; self.seq_len + 1];
         for _ in 0..self.sequences {
             if self.index == self.windows {
                 self.index = 0;
@@ -84,11 +94,7 @@ impl Batches {
             }
             let chosen = if self.shuffle { self.permute(self.index) } else { self.index };
             self.index += 1;
-            let start = chosen * self.seq_len as u64;
-            self.corpus.copy_tokens(start, &mut window);
-            batch.input.extend_from_slice(&window[..self.seq_len]);
-            self.corpus.mask_context(start + 1, &mut window[1..]);
-            batch.target.extend_from_slice(&window[1..]);
+            batch.push(&self.corpus, chosen * self.seq_len as u64);
         }
         batch
     }

@@ -4,6 +4,7 @@ mod batches;
 mod corpus;
 mod document;
 mod lines;
+mod pass;
 mod source;
 mod tokenizer;
 
@@ -15,6 +16,7 @@ pub use batches::{Batches, DataPosition, NOT_LEARNT, TokenBatch};
 pub use corpus::Corpus;
 pub use document::{END_OF_MESSAGE, chat_prompt};
 pub use lines::JsonLines;
+pub use pass::Pass;
 pub use tokenizer::Tokenizer;
 
 /// Why text cannot be trained on; every message says what to do.
@@ -57,6 +59,9 @@ pub enum DataError {
         /// Tokens there.
         have: u64,
     },
+    /// What is wrong is wrong with the text that is not trained on.
+    #[error("validation data: {0}")]
+    Validation(Box<DataError>),
     /// The tokenizer is unusable.
     #[error("tokenizer `{path}`: {reason}")]
     Tokenizer {

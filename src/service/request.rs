@@ -14,7 +14,8 @@ use crate::config::{Config, ConfigError, Loaded, Origin, Sources};
 use crate::train::device::is_cuda;
 
 /// Keys that name files of the machine: jobs get theirs from the service.
-const RESERVED: [&str; 5] = ["data.path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
+const RESERVED: [&str; 6] =
+    ["data.path", "data.validation_path", "data.tokenizer", "train.output", "model.path", "memory.disk_path"];
 /// Whether a job cannot set this key: it is the service's.
 pub(crate) fn is_reserved(key: &str) -> bool {
     RESERVED.contains(&key) || key.starts_with("service.")
@@ -31,9 +32,8 @@ pub struct JobRequest {
     model: String,
     /// An uploaded file of lines of JSON.
     training_file: String,
-    /// Not supported.
-    #[schema(value_type = Option<String>)]
-    validation_file: Option<Value>,
+    /// An uploaded file on which the loss is looked at every `train.eval_every` steps, without training.
+    validation_file: Option<String>,
     /// Becomes part of the trained model's name.
     #[schema(min_length = 1, max_length = 64)]
     suffix: Option<String>,
@@ -85,18 +85,19 @@ impl PlanRequest {
 impl JobRequest {
     /// The file that the job trains on.
     pub fn training_file(&self) -> Result<FileId, ServiceError> {
-        self.training_file.parse().map_err(|_| ServiceError::Invalid {
-            message: format!("no such file: {}: upload it to /v1/files first", self.training_file),
-            param: Some("training_file".into()),
-            code: "file_not_found",
-        })
+        file_id("training_file", &self.training_file)
+    }
+
+    /// The file that its loss is looked at on.
+    pub fn validation_file(&self) -> Result<Option<FileId>, ServiceError> {
+        self.validation_file.as_deref().map(|file| file_id("validation_file", file)).transpose()
     }
 
     /// The job, checked in everything but the content of its file.
     pub fn into_job(self, base: &Loaded, roots: &ModelRoots) -> Result<NewJob, ServiceError> {
         self.check()?;
         let wanted = Hyperparameters::read(self.method.as_ref(), self.hyperparameters.as_ref())?;
-        let training_file = self.training_file()?;
+        let (training_file, validation_file) = (self.training_file()?, self.validation_file()?);
         let mut overrides = self.patrickstar.unwrap_or_default();
         let priority = take_priority(&mut overrides)?;
         let mut loaded = resolve(base, model_pairs(&self.model, roots)?, &wanted, overrides)?;
@@ -114,6 +115,7 @@ impl JobRequest {
         Ok(NewJob {
             model: self.model,
             training_file,
+            validation_file,
             suffix: self.suffix,
             seed,
             metadata: self.metadata.unwrap_or_default(),
@@ -128,10 +130,6 @@ impl JobRequest {
 
     fn check(&self) -> Result<(), ServiceError> {
         let absent = |value: &Option<Value>| value.as_ref().is_none_or(Value::is_null);
-        if !absent(&self.validation_file) {
-            let message = "`validation_file` is not supported: leave it out and compare checkpoints afterwards";
-            return Err(ServiceError::invalid("validation_file", message));
-        }
         if !absent(&self.integrations) && self.integrations != Some(json!([])) {
             let message = "`integrations` are not supported: the job's directory has TensorBoard files";
             return Err(ServiceError::invalid("integrations", message));
@@ -153,6 +151,14 @@ impl JobRequest {
         }
         Ok(())
     }
+}
+
+fn file_id(param: &str, text: &str) -> Result<FileId, ServiceError> {
+    text.parse().map_err(|_| ServiceError::Invalid {
+        message: format!("no such file: {text}: upload it to /v1/files first"),
+        param: Some(param.into()),
+        code: "file_not_found",
+    })
 }
 
 fn is_suffix(text: &str) -> bool {
@@ -208,10 +214,13 @@ fn resolve(
     // A service is asked for checkpoints and curves; a command that runs once is not.
     let unset = |key: &str| loaded.origins.of(key) == Origin::Default;
     let (every, keep, log) = (unset("checkpoint.every"), unset("checkpoint.keep"), unset("train.log_every"));
+    let eval = unset("train.eval_every");
     let config = &mut loaded.config;
     config.checkpoint.every = if every { 50 } else { config.checkpoint.every };
     config.checkpoint.keep = if keep { 5 } else { config.checkpoint.keep };
     config.train.log_every = if log { 1 } else { config.train.log_every };
+    // Every checkpoint has its validation loss.
+    config.train.eval_every = if eval { config.checkpoint.every } else { config.train.eval_every };
     config.validate().map_err(refusal)?;
     bounds::check(config)?;
     Ok(loaded)
@@ -318,7 +327,8 @@ mod tests {
             (json!({ "hyperparameters": { "n_epochs": 0 } }), "`n_epochs` is 0"),
             (json!({ "method": { "type": "dpo" } }), "only `supervised`"),
             (json!({ "suffix": "a/b" }), "`suffix`"),
-            (json!({ "validation_file": "file-1" }), "not supported"),
+            (json!({ "validation_file": "../../etc/passwd" }), "no such file"),
+            (json!({ "patrickstar": { "data.validation_path": "/etc/passwd" } }), "cannot be set by a job"),
             (json!({ "metadata": { "a": 1 } }), "pairs of text"),
             (json!({ "training_file": "../../etc/passwd" }), "no such file"),
         ] {

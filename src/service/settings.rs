@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::directories::ModelRoots;
 use super::error::ServiceError;
+use super::store::FileId;
 use super::tokens::Tokens;
 use crate::config::DeviceKind;
 
@@ -91,5 +92,10 @@ impl Settings {
 
     pub(super) fn files(&self) -> PathBuf {
         self.data.join("files")
+    }
+
+    /// Where the content of a file is.
+    pub(super) fn file(&self, id: &FileId) -> PathBuf {
+        self.files().join(format!("{id}.jsonl"))
     }
 }

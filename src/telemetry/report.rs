@@ -35,6 +35,8 @@ pub struct StepPoint {
     pub step: u64,
     /// Mean loss.
     pub loss: f64,
+    /// Loss on validation data, where it was due.
+    pub valid_loss: Option<f64>,
     /// Throughput.
     pub tokens_per_second: f64,
     /// Share of the step that the compute thread waited.

@@ -25,7 +25,6 @@ use crate::error::Error;
 use crate::model::block::{Block, Context};
 use crate::model::compute::Compute;
 use crate::model::param::{Param, ParamTile, Params};
-use crate::model::tape::Tape;
 use crate::plan::Plan;
 use crate::telemetry::alloc;
 
@@ -226,29 +225,6 @@ impl Engine {
         Ok((loss, host, passes, self.runtime.end_step()?))
     }
 
-    /// Runs the blocks on `input` without training; the last block gives its prediction.
-    pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, Error> {
-        let mut value = input.clone();
-        for block in 0..self.blocks.len() {
-            let chunks = self.program.forward_access(self.runtime.layout(), block);
-            let lease = self.runtime.access_untraced(self.program.tiers[block], chunks)?;
-            self.bind(&lease, block, false)?;
-            let context = Context {
-                seed: self.config.train.seed,
-                step: self.step,
-                micro: 0,
-                block,
-                training: false,
-                targets: None,
-                target_count: 1,
-            };
-            let input = Tape::forgetting(&self.compute).constant(value);
-            value = self.blocks[block].forward(&input, &self.params[block], &context)?.tensor()?;
-            self.runtime.release_forward(self.end(block, lease))?;
-        }
-        Ok(value.to_device(&candle_core::Device::Cpu)?.to_dtype(candle_core::DType::F32)?)
-    }
-
     pub(super) fn context(&self, batch: &Batch, step: Step, block: usize, micro: usize) -> Context {
         Context {
             seed: self.config.train.seed,
@@ -279,7 +255,7 @@ impl Engine {
     }
 
     /// Binds the parameters of `block` to the leased chunks.
-    fn bind(&self, lease: &Lease, block: usize, with_gradients: bool) -> Result<(), Error> {
+    pub(super) fn bind(&self, lease: &Lease, block: usize, with_gradients: bool) -> Result<(), Error> {
         for &tensor in &self.program.uses[block] {
             let tiles = self.tiles(lease, tensor, with_gradients)?;
             let param = self.params[block].get(&self.program.parameters[tensor.0 as usize].name)?;

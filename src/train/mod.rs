@@ -3,6 +3,7 @@
 pub(crate) mod device;
 mod drill;
 pub mod engine;
+mod inference;
 pub mod loss_scale;
 pub mod lr;
 pub mod model;
@@ -14,8 +15,10 @@ pub mod program;
 pub mod sample;
 pub mod save;
 pub mod session;
+mod start;
 mod stash;
 mod states;
+pub mod validation;
 #[cfg(feature = "cuda")]
 mod watch;
 

@@ -39,4 +39,6 @@ pub struct Progress {
     pub host_used: Bytes,
     /// Until all steps are done, at the pace of the latest ones; unknown after the first.
     pub time_left: Option<Duration>,
+    /// Loss on validation data with the weights after this step, where it was due.
+    pub valid_loss: Option<f64>,
 }

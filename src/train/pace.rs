@@ -10,10 +10,12 @@ const LATEST: f64 = 0.1;
 pub struct WholeStep {
     /// Tokens it trained on.
     pub tokens: u64,
-    /// Its data included, and what it waited for the checkpoint before it.
+    /// Its data included, and what it waited for the checkpoint and the validation before it.
     pub time: Duration,
     /// Of that, what it waited before it could begin because states were being saved.
     pub saving: Duration,
+    /// Of that, what the loss on validation data took after the step before.
+    pub validation: Duration,
     /// Until all steps are done, at the pace of the latest ones; unknown after the first.
     pub time_left: Option<Duration>,
 }

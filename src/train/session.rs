@@ -16,7 +16,10 @@ pub use super::observer::{Observer, Progress};
 use super::pace::{Pace, WholeStep};
 use super::sample::{Sampling, generate};
 use super::save::Saving;
-use crate::checkpoint::{self, Checkpoint, CheckpointMeta};
+use super::start::find_checkpoint;
+pub use super::start::{Start, checkpoints_dir, open_or_latest};
+use super::validation::Validation;
+use crate::checkpoint::{self, CheckpointMeta};
 use crate::config::Config;
 use crate::data::{Batches, Corpus, DataPosition, Tokenizer};
 use crate::error::Error;
@@ -27,17 +30,6 @@ use crate::telemetry::report::{ChunkLabel, RunReport, StepPoint, write_report};
 use crate::telemetry::tensorboard::EventWriter;
 use crate::telemetry::trace::write_chrome_trace;
 
-/// Where a run begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// From the configuration's model.
-    Fresh,
-    /// From the newest good checkpoint of the run's directory; fresh if there is none.
-    Latest,
-    /// From this checkpoint.
-    At(PathBuf),
-}
-
 /// The result of a run, as `train --json` prints it last.
 #[derive(Clone, Debug, Serialize)]
 pub struct Summary {
@@ -47,6 +39,8 @@ pub struct Summary {
     pub loss_first: f64,
     /// Mean loss of the last tenth of the steps (at least one).
     pub loss_last: f64,
+    /// The latest loss on validation data.
+    pub valid_loss: Option<f64>,
     /// Parameters.
     pub params: u64,
     /// `memory.device`.
@@ -77,6 +71,7 @@ pub struct Session {
     model: Gpt2Config,
     tokenizer: Tokenizer,
     batches: Batches,
+    validation: Option<Validation>,
     /// Where this process has a registry. It looks at the engine, so it goes first.
     metrics: Option<TrainingMetrics>,
     engine: Engine,
@@ -93,6 +88,8 @@ pub struct Session {
 struct RunTotals {
     /// What saving took since the last step: the next one waits for it.
     saving: Duration,
+    /// What the validation loss after it took.
+    validation: Duration,
     timed_tokens: u64,
     timed_seconds: f64,
     timed_stall: f64,
@@ -110,6 +107,7 @@ impl Session {
         let corpus = Arc::new(Corpus::open(&config.data.path, &tokenizer)?);
         let mut batches =
             Batches::new(corpus, config.train.seq_len, config.train.batch, config.train.seed, config.data.shuffle)?;
+        let validation = Validation::open(&config, &tokenizer)?;
         let (model, blocks) = build(&mut config, &tokenizer)?;
         let checkpoint = find_checkpoint(&checkpoints_dir(&output), start, observer)?;
         let engine = match (&checkpoint, &config.model.path) {
@@ -139,6 +137,7 @@ impl Session {
             model,
             tokenizer,
             batches,
+            validation,
             engine,
             history: Vec::new(),
             events,
@@ -222,10 +221,10 @@ impl Session {
         let tokens = self.batches.next_batch();
         let batch = to_batch(&tokens, self.config.train.micro_batches)?;
         let report = self.engine.step(&batch)?;
-        let saving = std::mem::take(&mut self.run.saving);
-        let time = began.elapsed() + saving;
+        let (saving, validation) = (std::mem::take(&mut self.run.saving), std::mem::take(&mut self.run.validation));
+        let time = began.elapsed() + saving + validation;
         let time_left = self.run.pace.after(time).map(|each| each.mul_f64((left - 1) as f64));
-        let whole = WholeStep { tokens: tokens.input.len() as u64, time, saving, time_left };
+        let whole = WholeStep { tokens: tokens.input.len() as u64, time, saving, validation, time_left };
         if let Some(metrics) = &mut self.metrics {
             metrics.step(&self.engine, &report, &whole);
         }
@@ -242,14 +241,30 @@ impl Session {
                 self.engine.loss_scale().scale
             ));
         }
-        self.note(&report, &whole, observer)?;
+        let valid_loss = self.validate(report.stats.step)?;
+        self.note(&report, &whole, valid_loss, observer)?;
         self.waits_for_saving(|session| session.reap_saving(observer))
+    }
+
+    /// The loss on validation data, if it is due.
+    fn validate(&mut self, step: Step) -> Result<Option<f64>, Error> {
+        let Some(validation) = self.validation.as_ref().filter(|validation| validation.is_due(step)) else {
+            return Ok(None);
+        };
+        let began = Instant::now();
+        let loss = validation.loss(&mut self.engine)?;
+        self.run.validation = began.elapsed();
+        if let Some(metrics) = &self.metrics {
+            metrics.validated(loss);
+        }
+        Ok(Some(loss))
     }
 
     fn note(
         &mut self,
         report: &StepReport,
         &WholeStep { tokens, time, time_left, .. }: &WholeStep,
+        valid_loss: Option<f64>,
         observer: &mut dyn Observer,
     ) -> Result<(), Error> {
         let seconds = time.as_secs_f64();
@@ -265,6 +280,7 @@ impl Session {
         self.history.push(StepPoint {
             step: report.stats.step.0,
             loss: report.loss,
+            valid_loss,
             tokens_per_second,
             stall_ratio: report.stall_ratio(),
             gradient_norm: Some(report.stats.gradient_norm),
@@ -275,6 +291,7 @@ impl Session {
             device_budget: self.config.memory.device,
             host_used: report.stats.host.used,
             time_left,
+            valid_loss,
         };
         self.write_scalars(report, &progress)?;
         observer.step(report, &progress);
@@ -295,7 +312,8 @@ impl Session {
             ("chunks/moves", report.stats.stats.chunk_moves() as f64),
         ];
         let output = self.config.train.output.clone();
-        for (tag, value) in scalars {
+        let validation = progress.valid_loss.map(|loss| ("valid/loss", loss));
+        for (tag, value) in scalars.into_iter().chain(validation) {
             events.scalar(step, tag, value as f32).map_err(|error| Error::io(&output, error))?;
         }
         if step.is_multiple_of(10) {
@@ -377,6 +395,7 @@ impl Session {
             steps: self.engine.current_step().0,
             loss_first: self.history.first().map_or(f64::NAN, |point| point.loss),
             loss_last: last.iter().sum::<f64>() / last.len().max(1) as f64,
+            valid_loss: self.history.iter().rev().find_map(|point| point.valid_loss),
             params: self.engine.plan().parameters,
             device_budget_bytes: self.config.memory.device.0,
             model_state_bytes: self.engine.plan().model_states.0,
@@ -453,41 +472,4 @@ fn summary_lines(summary: &Summary, engine: &Engine) -> Vec<(String, String)> {
     .into_iter()
     .map(|(name, value)| (name.to_owned(), value))
     .collect()
-}
-
-/// Where a run keeps its checkpoints.
-pub fn checkpoints_dir(output: &Path) -> PathBuf {
-    output.join("checkpoints")
-}
-
-fn find_checkpoint(root: &Path, start: &Start, observer: &mut dyn Observer) -> Result<Option<Checkpoint>, Error> {
-    match start {
-        Start::Fresh => Ok(None),
-        Start::At(path) => Ok(Some(open_or_latest(path, observer)?)),
-        Start::Latest => match checkpoint::latest(root) {
-            Ok((checkpoint, warnings)) => {
-                warnings.iter().for_each(|warning| observer.message(warning));
-                let Step(step) = checkpoint.meta().step;
-                observer.message(&format!("resuming after step {step}"));
-                Ok(Some(checkpoint))
-            }
-            Err(error) if error.is_not_found() => {
-                observer.message("no checkpoint yet: starting from step 0");
-                Ok(None)
-            }
-            Err(error) => Err(error.into()),
-        },
-    }
-}
-
-/// A checkpoint's own directory, or the newest in a directory of checkpoints or of a run.
-pub fn open_or_latest(path: &Path, observer: &mut dyn Observer) -> Result<Checkpoint, Error> {
-    if path.join("manifest.json").is_file() {
-        return Ok(checkpoint::open(path)?);
-    }
-    let nested = checkpoints_dir(path);
-    let root = if nested.is_dir() { nested } else { path.to_owned() };
-    let (checkpoint, warnings) = checkpoint::latest(&root)?;
-    warnings.iter().for_each(|warning| observer.message(warning));
-    Ok(checkpoint)
 }

@@ -11,7 +11,7 @@ use patrickstar::train::pace::WholeStep;
 use patrickstar::{Batch, Engine};
 use patrickstar_actors::Access;
 use patrickstar_actors::stats::{Direction, Pressure, Stats};
-use patrickstar_actors::types::{Kind, Tier};
+use patrickstar_actors::types::{Kind, Moment, Tier};
 
 use crate::live::say;
 
@@ -61,10 +61,10 @@ fn train(registry: &Arc<Registry>) -> (Engine, Counted, Duration) {
         let report = engine.step(&batch()).unwrap();
         before = engine.runtime().stats();
         let start = Instant::now();
-        let saving = Duration::from_millis(5);
-        let time = report.stats.elapsed + Duration::from_millis(10) + saving;
+        let (saving, validation) = (Duration::from_millis(5), Duration::from_millis(3));
+        let time = report.stats.elapsed + Duration::from_millis(10) + saving + validation;
         let time_left = Some(Duration::from_secs(60));
-        metrics.step(&engine, &report, &WholeStep { tokens: 128, time, saving, time_left });
+        metrics.step(&engine, &report, &WholeStep { tokens: 128, time, saving, validation, time_left });
         whole += time;
         quickest = quickest.min(start.elapsed());
     }
@@ -115,7 +115,9 @@ fn a_training_is_published_as_it_was_and_the_next_one_goes_on_counting() {
     assert!(["forward", "backward"].iter().all(|&name| phase(name) > 0.0));
     assert!((phase("data") - 0.01 * STEPS as f64).abs() < 1e-9);
     assert!((phase("checkpoint") - 0.005 * STEPS as f64).abs() < 1e-9);
-    let all: f64 = ["data", "forward", "backward", "optimizer", "checkpoint"].into_iter().map(phase).sum();
+    assert!((phase("validation") - 0.003 * STEPS as f64).abs() < 1e-9);
+    let all: f64 =
+        ["data", "forward", "backward", "optimizer", "checkpoint", "validation"].into_iter().map(phase).sum();
     assert!((all - counted.whole.as_secs_f64()).abs() < 1e-6, "{all} of {:?}", counted.whole);
     let copies = format!("{}_sum", Histogram::CopyDuration.family().name);
     // Sums of differences round.
@@ -187,7 +189,7 @@ fn what_changes_within_a_step_is_shown_before_it_ends() {
     until_shown(&registry, Gauge::ActorLastProgress, "actor=\"reduction\"", |shown| shown > 0.0);
     let chunk = runtime.layout().chunks().iter().find(|info| info.kind == Kind::Weight).unwrap().id;
     let in_use = "tier=\"device\",kind=\"weight\",state=\"compute\"";
-    let lease = runtime.access_untraced(Tier::Device, vec![(chunk, Access::Read)]).unwrap();
+    let lease = runtime.access_untraced(Moment(0), Tier::Device, vec![(chunk, Access::Read)]).unwrap();
     until_shown(&registry, Gauge::Chunks, in_use, |shown| shown == 1.0);
     drop(lease);
     until_shown(&registry, Gauge::Chunks, in_use, |shown| shown == 0.0);

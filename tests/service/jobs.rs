@@ -51,6 +51,57 @@ fn a_job_goes_from_upload_to_result() {
 }
 
 #[test]
+fn a_validation_file_gives_losses_and_changes_no_bit() {
+    let data = tempfile::tempdir().unwrap();
+    let service = Service::start(data.path());
+    let file = service.training_file();
+    let settings = json!({ "train.steps": 12, "train.log_every": 100, "checkpoint.every": 5, "model.dropout": 0.1 });
+    let body = |validation: Option<&str>| {
+        json!({
+            "model": "gpt-tiny", "training_file": file, "validation_file": validation, "seed": 5, "patrickstar": settings,
+        })
+    };
+    let create = |body: &Value| service.post("/v1/fine_tuning/jobs", body).ok()["id"].as_str().unwrap().to_owned();
+    let (plain, validated) = (create(&body(None)), create(&body(Some(&file))));
+    assert_eq!(service.show(&validated)["validation_file"], file.as_str());
+    service.request("DELETE", &format!("/v1/files/{file}"), &[], b"").error(400);
+    let job = service.until_status(&validated, "succeeded");
+    service.until_status(&plain, "succeeded");
+
+    let events = service.get(&format!("/v1/fine_tuning/jobs/{validated}/events?limit=100")).ok();
+    let mut found: Vec<(u64, f64)> = events["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|event| Some((event["data"]["step"].as_u64()?, event["data"]["valid_loss"].as_f64()?)))
+        .collect();
+    found.sort_by_key(|(step, _)| *step);
+    // As often as checkpoints, and at the end, whatever else is logged.
+    assert_eq!(found.iter().map(|(step, _)| *step).collect::<Vec<_>>(), [5, 10, 12]);
+    assert!(found.windows(2).all(|pair| pair[1].1 < pair[0].1), "{found:?}");
+    let checkpoints = service.get(&format!("/v1/fine_tuning/jobs/{validated}/checkpoints")).ok();
+    for checkpoint in checkpoints["data"].as_array().unwrap() {
+        let step = checkpoint["step_number"].as_u64().unwrap();
+        let (_, loss) = found.iter().find(|(of, _)| *of == step).unwrap();
+        assert_eq!(checkpoint["metrics"]["valid_loss"].as_f64(), Some(*loss), "{checkpoint}");
+    }
+    let results = job["result_files"][0].as_str().unwrap();
+    let table = String::from_utf8(service.get(&format!("/v1/files/{results}/content")).body).unwrap();
+    let last = table.lines().last().unwrap();
+    assert!(last.starts_with("12,") && last.ends_with(&format!(",,{},", found[2].1)), "{table}");
+
+    let losses = |job: &str| {
+        let all = service.losses(job);
+        all.into_iter().filter(|(step, _)| [1, 12].contains(step)).collect::<Vec<_>>()
+    };
+    assert_eq!(losses(&plain), losses(&validated));
+
+    let unknown = body(Some("file-000000000000000000000000"));
+    let refused = service.post("/v1/fine_tuning/jobs", &unknown).error(400);
+    assert!(refused.contains("no such file to train on"), "{refused}");
+}
+
+#[test]
 fn lists_are_paged_and_filtered() {
     let data = tempfile::tempdir().unwrap();
     let service = Service::start(data.path());

@@ -64,7 +64,7 @@ pub(super) async fn delete(
         });
     }
     // What is left behind if this fails is removed at the next start.
-    if let Err(error) = tokio::fs::remove_file(content_path(&state, &file.id)).await {
+    if let Err(error) = tokio::fs::remove_file(state.settings.file(&file.id)).await {
         tracing::warn!(file = %file.id, "the content of a deleted file is still there: {error}");
     }
     Ok(web::Json(DeletedFile::new(file.id)))
@@ -75,7 +75,7 @@ pub(super) async fn delete(
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream")))]
 pub(super) async fn content(state: web::Data<State>, path: web::Path<String>) -> Result<HttpResponse, ServiceError> {
     let row = find(&state, &path).await?;
-    let place = content_path(&state, &row.id);
+    let place = state.settings.file(&row.id);
     let file = tokio::fs::File::open(&place).await.map_err(|error| ServiceError::io(&place, error))?;
     Ok(sent(file, row.bytes, "application/octet-stream"))
 }
@@ -99,10 +99,6 @@ pub(super) fn sent(file: tokio::fs::File, bytes: u64, kind: &'static str) -> Htt
         .insert_header(("content-disposition", "attachment"))
         .insert_header(("x-content-type-options", "nosniff"))
         .body(SizedStream::new(bytes, Box::pin(pieces)))
-}
-
-pub(super) fn content_path(state: &State, id: &FileId) -> std::path::PathBuf {
-    state.settings.files().join(format!("{id}.jsonl"))
 }
 
 async fn find(state: &State, text: &str) -> Result<FileRow, ServiceError> {

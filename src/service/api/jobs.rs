@@ -19,16 +19,19 @@ pub(super) async fn create(
     if *state.stopping.borrow() {
         return Err(ServiceError::Stopping);
     }
-    let file = body.training_file()?;
+    let files = [("training_file", Some(body.training_file()?)), ("validation_file", body.validation_file()?)];
     let job = body.into_inner().into_job(&state.live.loaded(), &state.settings.model_roots)?;
-    let wanted = file.clone();
-    let found = state.store.read(move |store| store.file(&wanted)).await?;
-    if !found.is_some_and(|file| file.purpose == Purpose::FineTune) {
-        return Err(ServiceError::Invalid {
-            message: format!("no such file to train on: {file}: upload it to /v1/files with purpose fine-tune"),
-            param: Some("training_file".into()),
-            code: "file_not_found",
-        });
+    for (param, file) in files {
+        let Some(file) = file else { continue };
+        let wanted = file.clone();
+        let found = state.store.read(move |store| store.file(&wanted)).await?;
+        if !found.is_some_and(|file| file.purpose == Purpose::FineTune) {
+            return Err(ServiceError::Invalid {
+                message: format!("no such file to train on: {file}: upload it to /v1/files with purpose fine-tune"),
+                param: Some(param.into()),
+                code: "file_not_found",
+            });
+        }
     }
     let most = state.settings.limits.waiting_jobs;
     let created = state.store.write(move |store| store.create_job(&job, most)).await?;

@@ -10,7 +10,6 @@ use tokio::io::AsyncWriteExt;
 use utoipa::ToSchema;
 
 use super::State;
-use super::files::content_path;
 use super::pace::was_too_slow;
 use super::view::File;
 use crate::service::error::ServiceError;
@@ -67,7 +66,7 @@ pub(super) async fn create(
     let limits = state.settings.limits;
     check_room(&state, &request)?;
     let id = FileId::random()?;
-    let mut receipt = Receipt { path: content_path(&state, &id), file: None, purpose: None, kept: false };
+    let mut receipt = Receipt { path: state.settings.file(&id), file: None, purpose: None, kept: false };
     receive(form, &mut receipt, &limits).await?;
     let purpose = receipt.purpose.as_deref().unwrap_or_default();
     if purpose != Purpose::FineTune.name() {

@@ -141,7 +141,7 @@ impl From<&JobRow> for Job {
             fine_tuned_model: job.fine_tuned_model.clone(),
             organization_id: "patrickstar",
             training_file: job.training_file.clone(),
-            validation_file: None,
+            validation_file: job.validation_file.clone(),
             result_files: job.result_file.iter().cloned().collect(),
             trained_tokens: (job.status == Status::Succeeded).then_some(job.trained_tokens),
             hyperparameters: job.hyperparameters.clone(),
@@ -243,6 +243,9 @@ pub(super) struct CheckpointMetrics {
     step: u64,
     #[schema(required)]
     train_loss: Option<f64>,
+    /// On the validation file, where it was due in that step.
+    #[schema(required)]
+    valid_loss: Option<f64>,
 }
 
 impl Listed for Checkpoint {
@@ -260,7 +263,11 @@ impl Checkpoint {
             fine_tuning_job_id: job.id.clone(),
             fine_tuned_model_checkpoint: format!("{}{STEP_MARK}{}", job.trained_name(), row.step),
             step_number: row.step,
-            metrics: CheckpointMetrics { step: row.step, train_loss: row.train_loss },
+            metrics: CheckpointMetrics {
+                step: row.step,
+                train_loss: row.losses.train_loss,
+                valid_loss: row.losses.valid_loss,
+            },
         }
     }
 }

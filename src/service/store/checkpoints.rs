@@ -2,7 +2,7 @@
 
 use rusqlite::{Connection, OptionalExtension, Row};
 
-use super::{CheckpointId, JobId, Page, Seq, Store, StoreError, UnixTime, cursor};
+use super::{CheckpointId, JobId, Losses, Page, SavedCheckpoint, Seq, Store, StoreError, UnixTime, cursor};
 
 /// A stored checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,8 +17,8 @@ pub struct CheckpointRow {
     pub step: u64,
     /// Where it is.
     pub directory: String,
-    /// Loss of its last step.
-    pub train_loss: Option<f64>,
+    /// Losses with its weights.
+    pub losses: Losses,
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<CheckpointRow> {
@@ -28,7 +28,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<CheckpointRow> {
         created_at: row.get("created_at")?,
         step: row.get::<_, i64>("step")? as u64,
         directory: row.get("directory")?,
-        train_loss: row.get("train_loss")?,
+        losses: Losses { train_loss: row.get("train_loss")?, valid_loss: row.get("valid_loss")? },
     })
 }
 
@@ -37,20 +37,20 @@ pub(super) fn insert(
     connection: &Connection,
     job: &JobId,
     id: &CheckpointId,
-    step: u64,
-    directory: &str,
-    loss: Option<f64>,
+    saved: &SavedCheckpoint,
+    losses: Losses,
 ) -> Result<bool, StoreError> {
     let known = connection.execute(
         "UPDATE checkpoints SET directory = ?3, removed = 0 WHERE job = ?1 AND step = ?2",
-        (job, step as i64, directory),
+        (job, saved.step as i64, &saved.directory),
     )?;
     if known > 0 {
         return Ok(false);
     }
     connection.execute(
-        "INSERT INTO checkpoints (id, job, created_at, step, directory, train_loss) VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
-        (id, job, UnixTime::now(), step as i64, directory, loss),
+        "INSERT INTO checkpoints (id, job, created_at, step, directory, train_loss, valid_loss) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)",
+        (id, job, UnixTime::now(), saved.step as i64, &saved.directory, losses.train_loss, losses.valid_loss),
     )?;
     Ok(true)
 }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, ToSql, ToSqlOutput, ValueRef};
 use rusqlite::{Connection, OptionalExtension, Row};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use utoipa::ToSchema;
 
@@ -122,8 +122,28 @@ pub struct Report {
     pub events: Vec<NewEvent>,
     /// How far it is.
     pub progress: Option<StepsDone>,
-    /// Checkpoints that are safe on disk: step, directory, loss of that step.
-    pub checkpoints: Vec<(u64, String, Option<f64>)>,
+    /// Checkpoints that are safe on disk.
+    pub checkpoints: Vec<SavedCheckpoint>,
+}
+
+/// A checkpoint that is safe on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SavedCheckpoint {
+    /// Steps done.
+    pub step: u64,
+    /// Where it is.
+    pub directory: String,
+    /// Losses of that step; `None` where its report has them.
+    pub losses: Option<Losses>,
+}
+
+/// Losses with the weights of a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Losses {
+    /// On what it was trained on.
+    pub train_loss: Option<f64>,
+    /// On validation data, where it was due.
+    pub valid_loss: Option<f64>,
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<EventRow> {
@@ -156,11 +176,11 @@ pub(super) fn insert(connection: &Connection, job: &JobId, event: &NewEvent) -> 
     Ok(())
 }
 
-/// The loss of a step, if it was reported.
-fn loss_of(connection: &Connection, job: &JobId, step: u64) -> Result<Option<f64>, StoreError> {
+/// The losses of a step, if it was reported.
+fn losses_of(connection: &Connection, job: &JobId, step: u64) -> Result<Losses, StoreError> {
     let sql = "SELECT data FROM events WHERE job = ?1 AND step = ?2";
-    let data = connection.query_row(sql, (job, step as i64), |row| json::<Value>(row, "data")).optional()?;
-    Ok(data.and_then(|data| data.get("train_loss")?.as_f64()))
+    let losses = connection.query_row(sql, (job, step as i64), |row| json(row, "data")).optional()?;
+    Ok(losses.unwrap_or_default())
 }
 
 impl Store {
@@ -178,12 +198,9 @@ impl Store {
                     (job, step as i64, tokens as i64, estimated_finish),
                 )?;
             }
-            for (step, directory, loss) in &report.checkpoints {
-                let loss = match loss {
-                    Some(loss) => Some(*loss),
-                    None => loss_of(transaction, job, *step)?,
-                };
-                let is_new = checkpoints::insert(transaction, job, &CheckpointId::random()?, *step, directory, loss)?;
+            for saved in &report.checkpoints {
+                let losses = saved.losses.map_or_else(|| losses_of(transaction, job, saved.step), Ok)?;
+                let is_new = checkpoints::insert(transaction, job, &CheckpointId::random()?, saved, losses)?;
                 if is_new {
                     // It got somewhere: later deaths are counted anew.
                     transaction.execute("UPDATE jobs SET restarts = 0 WHERE id = ?1", [job])?;

@@ -104,6 +104,8 @@ pub struct NewJob {
     pub model: String,
     /// What it trains on.
     pub training_file: FileId,
+    /// What its loss is looked at on, without training.
+    pub validation_file: Option<FileId>,
     /// Part of the trained model's name.
     pub suffix: Option<String>,
     /// Seed of everything random.
@@ -142,6 +144,7 @@ pub struct JobRow {
     pub finished_at: Option<UnixTime>,
     pub model: String,
     pub training_file: FileId,
+    pub validation_file: Option<FileId>,
     pub suffix: Option<String>,
     pub seed: u32,
     pub metadata: Map<String, Value>,
@@ -195,6 +198,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<JobRow> {
         finished_at: row.get("finished_at")?,
         model: row.get("model")?,
         training_file: row.get("training_file")?,
+        validation_file: row.get("validation_file")?,
         suffix: row.get("suffix")?,
         seed: row.get("seed")?,
         metadata: json(row, "metadata")?,
@@ -233,12 +237,12 @@ impl Store {
                 return Ok(None);
             }
             transaction.execute(
-                "INSERT INTO jobs (id, status, created_at, model, training_file, suffix, seed, metadata, hyperparameters, \
-                 epochs, config, device, priority) VALUES (:id, :status, :created_at, :model, :training_file, :suffix, :seed, \
-                 :metadata, :hyperparameters, :epochs, :config, :device, :priority)",
+                "INSERT INTO jobs (id, status, created_at, model, training_file, validation_file, suffix, seed, metadata, \
+                 hyperparameters, epochs, config, device, priority) VALUES (:id, :status, :created_at, :model, \
+                 :training_file, :validation_file, :suffix, :seed, :metadata, :hyperparameters, :epochs, :config, :device, :priority)",
                 named_params! {
                     ":id": id, ":status": Status::ValidatingFiles, ":created_at": UnixTime::now(), ":model": job.model,
-                    ":training_file": job.training_file, ":suffix": job.suffix, ":seed": job.seed,
+                    ":training_file": job.training_file, ":validation_file": job.validation_file, ":suffix": job.suffix, ":seed": job.seed,
                     ":metadata": Value::Object(job.metadata.clone()).to_string(),
                     ":hyperparameters": job.hyperparameters.to_string(), ":epochs": job.epochs,
                     ":config": job.config.to_string(), ":device": job.device, ":priority": job.priority,
@@ -384,8 +388,8 @@ impl Store {
 
     /// Whether a job that has not ended needs the file.
     pub fn file_in_use(&self, file: &FileId) -> Result<bool, StoreError> {
-        let sql =
-            "SELECT count(*) FROM jobs WHERE training_file = ?1 AND status NOT IN ('succeeded', 'failed', 'cancelled')";
+        let sql = "SELECT count(*) FROM jobs WHERE (training_file = ?1 OR validation_file = ?1) \
+                   AND status NOT IN ('succeeded', 'failed', 'cancelled')";
         let count: i64 = self.connection.query_row(sql, [file], |row| row.get(0))?;
         Ok(count > 0)
     }

@@ -17,14 +17,14 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehav
 use thiserror::Error;
 
 pub use checkpoints::CheckpointRow;
-pub use events::{EventRow, Level, NewEvent, Report, StepsDone};
+pub use events::{EventRow, Level, Losses, NewEvent, Report, SavedCheckpoint, StepsDone};
 pub use files::{FileRow, Purpose};
 pub use handle::StoreHandle;
 pub use ids::{CheckpointId, EventId, FileId, JobId, Seq, UnixTime};
 pub use jobs::{Failure, JobRow, MetadataFilter, NewJob, Status, job_directory};
 
 /// Each makes the database of one version into that of the next; what was released is never edited.
-const MIGRATIONS: [&str; 2] = [include_str!("001.sql"), include_str!("002.sql")];
+const MIGRATIONS: [&str; 3] = [include_str!("001.sql"), include_str!("002.sql"), include_str!("003.sql")];
 
 /// Why something cannot be stored or found.
 #[derive(Debug, Error)]

@@ -12,6 +12,7 @@ fn new_job(file: &FileId, priority: i32) -> NewJob {
     NewJob {
         model: "gpt-tiny".into(),
         training_file: file.clone(),
+        validation_file: None,
         suffix: None,
         seed: 7,
         metadata: Map::from_iter([("team".to_owned(), json!(if priority > 0 { "a" } else { "b" }))]),
@@ -21,6 +22,10 @@ fn new_job(file: &FileId, priority: i32) -> NewJob {
         device: "cpu".into(),
         priority,
     }
+}
+
+fn saved(step: u64, losses: Option<Losses>) -> SavedCheckpoint {
+    SavedCheckpoint { step, directory: "d".into(), losses }
 }
 
 fn queued(store: &mut Store, file: &FileId, priority: i32) -> JobId {
@@ -39,7 +44,7 @@ fn what_was_answered_is_there_after_a_crash() {
     let report = Report {
         events: vec![NewEvent::metrics(1, "Step 1".into(), json!({ "train_loss": 0.1f64 + 0.2 }))],
         progress: Some(StepsDone { step: 1, tokens: 64, estimated_finish: Some(UnixTime(99)) }),
-        checkpoints: vec![(1, "somewhere".into(), Some(1.5))],
+        checkpoints: vec![saved(1, Some(Losses { train_loss: Some(1.5), valid_loss: Some(1.75) }))],
     };
     store.store_report(&job, &report).unwrap();
     // A copy of the files as they lie there is what a kill at this instant leaves: nothing was closed.
@@ -55,7 +60,8 @@ fn what_was_answered_is_there_after_a_crash() {
     let newest = reopened.events(&job, None, 1).unwrap();
     assert!(newest.has_more);
     assert_eq!(newest.rows[0].data["train_loss"].as_f64(), Some(0.1 + 0.2));
-    assert_eq!(reopened.checkpoints(&job, None, 10).unwrap().rows[0].step, 1);
+    let checkpoint = &reopened.checkpoints(&job, None, 10).unwrap().rows[0];
+    assert_eq!((checkpoint.step, checkpoint.losses.valid_loss), (1, Some(1.75)));
     let check: String = reopened.connection.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
     assert_eq!(check, "ok");
 }
@@ -70,7 +76,7 @@ fn a_step_that_is_repeated_is_stored_once() {
     for steps in [1..=4, 3..=6] {
         let events = steps.clone().map(|step| NewEvent::metrics(step, format!("Step {step}"), json!({}))).collect();
         let progress = Some(StepsDone { step: *steps.end() - 1, tokens: 0, estimated_finish: None });
-        store.store_report(&job, &Report { events, progress, checkpoints: vec![(4, "d".into(), None)] }).unwrap();
+        store.store_report(&job, &Report { events, progress, checkpoints: vec![saved(4, None)] }).unwrap();
     }
     let steps: Vec<_> =
         store.events_since(&job, Seq(0), 100).unwrap().into_iter().filter_map(|event| event.step).collect();
@@ -84,18 +90,18 @@ fn only_a_new_checkpoint_forgives_deaths() {
     let directory = tempfile::tempdir().unwrap();
     let mut store = open(directory.path());
     let job = queued(&mut store, &FileId::random().unwrap(), 0);
-    let metrics = NewEvent::metrics(5, "Step 5".into(), json!({ "train_loss": 2.5 }));
-    let saved = |step| Report { checkpoints: vec![(step, "d".into(), None)], ..Report::default() };
+    let metrics = NewEvent::metrics(5, "Step 5".into(), json!({ "train_loss": 2.5, "valid_loss": 3.5 }));
+    let report = |step| Report { checkpoints: vec![saved(step, None)], ..Report::default() };
     store.store_report(&job, &Report { events: vec![metrics], ..Report::default() }).unwrap();
     let mut restarts = Vec::new();
     for step in [5, 5, 6] {
         store.note_restart(&job, 3, UnixTime(0), &NewEvent::warn("died".into())).unwrap();
-        store.store_report(&job, &saved(step)).unwrap();
+        store.store_report(&job, &report(step)).unwrap();
         restarts.push(store.job(&job).unwrap().unwrap().restarts);
     }
     assert_eq!(restarts, [0, 3, 0]);
-    let losses: Vec<_> = store.checkpoints(&job, None, 9).unwrap().rows.iter().map(|row| row.train_loss).collect();
-    assert_eq!(losses, [None, Some(2.5)]);
+    let losses: Vec<_> = store.checkpoints(&job, None, 9).unwrap().rows.iter().map(|row| row.losses).collect();
+    assert_eq!(losses, [Losses::default(), Losses { train_loss: Some(2.5), valid_loss: Some(3.5) }]);
 }
 
 #[test]

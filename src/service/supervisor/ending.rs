@@ -85,7 +85,6 @@ impl Supervisor {
     }
 
     async fn finish(&self, id: JobId) -> Result<(), ServiceError> {
-        let files = self.settings.files();
         let wanted = id.clone();
         let Some(job) = self.store.read(move |store| store.job(&wanted)).await? else { return Ok(()) };
         if !job.status.may_become(Status::Succeeded) {
@@ -93,7 +92,7 @@ impl Supervisor {
         }
         let (wanted, file) = (id.clone(), FileId::random()?);
         let table = self.store.read(move |store| results(store, &wanted)).await?;
-        let path = files.join(format!("{file}.jsonl"));
+        let path = self.settings.file(&file);
         write_synced(&path, table.as_bytes()).map_err(|error| ServiceError::io(&path, error))?;
         let model = job.trained_name();
         let finish = move |store: &mut Store| {
@@ -132,8 +131,9 @@ fn results(store: &Store, id: &JobId) -> Result<String, crate::service::store::S
         last = newest.seq;
         for event in &events {
             if let (Some(step), Some(loss)) = (event.step, event.data.get("train_loss")) {
+                let valid_loss = event.data.get("valid_loss").map(|loss| loss.to_string()).unwrap_or_default();
                 // Writing to a string does not fail.
-                let _ = writeln!(table, "{step},{loss},,,");
+                let _ = writeln!(table, "{step},{loss},,{valid_loss},");
             }
         }
     }

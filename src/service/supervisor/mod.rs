@@ -186,7 +186,8 @@ impl Supervisor {
         let mut config: Config = serde_json::from_value(job.config.clone())
             .map_err(|error| ServiceError::Internal(format!("the stored configuration: {error}")))?;
         let directory = job_directory(&self.settings.data, &job.id);
-        config.data.path = self.settings.files().join(format!("{}.jsonl", job.training_file));
+        config.data.path = self.settings.file(&job.training_file);
+        config.data.validation_path = job.validation_file.as_ref().map(|file| self.settings.file(file));
         config.train.output = directory.clone();
         Worker::start(job.id.clone(), config, &directory, self.store.clone(), self.settings.limits.hang).await
     }
@@ -205,8 +206,7 @@ impl Supervisor {
 
 async fn read_file(settings: Arc<Settings>, store: StoreHandle, job: JobRow) -> JobId {
     let id = job.id.clone();
-    let path = settings.files().join(format!("{}.jsonl", job.training_file));
-    let read = tokio::task::spawn_blocking(move || validate::validate(&job, &path)).await;
+    let read = tokio::task::spawn_blocking(move || validate::validate(&job, &settings)).await;
     let outcome = read.unwrap_or_else(|error| {
         Err(Failure { code: "invalid_training_file".into(), message: format!("reading the file ended badly: {error}") })
     });

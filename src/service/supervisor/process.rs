@@ -13,7 +13,7 @@ use super::link::Link;
 use crate::config::Config;
 use crate::service::child;
 use crate::service::error::ServiceError;
-use crate::service::store::{JobId, NewEvent, Report, StepsDone, StoreHandle, UnixTime};
+use crate::service::store::{JobId, NewEvent, Report, SavedCheckpoint, StepsDone, StoreHandle, UnixTime};
 use crate::service::worker::protocol::{FromWorker, StepMetrics, ToWorker};
 
 /// How long a worker may take to leave when it was told to leave at once, or has said its last word.
@@ -171,13 +171,15 @@ fn report(messages: &[FromWorker], log_every: u64) -> Report {
                     tokens: metrics.trained_tokens,
                     estimated_finish: metrics.seconds_left.map(|left| UnixTime::now().after(left)),
                 });
-                let shown = metrics.step == 1 || metrics.step == metrics.total_steps;
+                let ends = metrics.step == 1 || metrics.step == metrics.total_steps;
+                let shown = ends || metrics.valid_loss.is_some();
                 if shown || metrics.step.is_multiple_of(log_every) {
                     report.events.push(step_event(metrics));
                 }
             }
-            FromWorker::Checkpoint { step, directory, train_loss } => {
-                report.checkpoints.push((*step, directory.clone(), *train_loss));
+            FromWorker::Checkpoint { step, directory, losses } => {
+                let (step, directory, losses) = (*step, directory.clone(), *losses);
+                report.checkpoints.push(SavedCheckpoint { step, directory, losses });
             }
             FromWorker::Log { message } => report.events.push(NewEvent::info(message.clone())),
             FromWorker::Paused { step } => {
@@ -193,7 +195,9 @@ fn report(messages: &[FromWorker], log_every: u64) -> Report {
 }
 
 fn step_event(metrics: &StepMetrics) -> NewEvent {
-    let message = format!("Step {}/{}: training loss={:.4}", metrics.step, metrics.total_steps, metrics.train_loss);
+    let validation = metrics.valid_loss.map(|loss| format!(", validation loss={loss:.4}")).unwrap_or_default();
+    let StepMetrics { step, total_steps, train_loss, .. } = metrics;
+    let message = format!("Step {step}/{total_steps}: training loss={train_loss:.4}{validation}");
     NewEvent::metrics(metrics.step, message, json!(metrics))
 }
 

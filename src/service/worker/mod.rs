@@ -24,6 +24,7 @@ use self::questions::Question;
 use self::responder::{Responder, Shown};
 use super::child::{self, ChildError};
 use crate::config::Config;
+use crate::data::DataError;
 use crate::error::Error;
 use crate::telemetry::{logging, metrics};
 use crate::train::session::{Session, Start, Summary};
@@ -159,6 +160,7 @@ fn failure(error: &Error) -> FromWorker {
 fn code_of(error: &Error) -> (&'static str, bool) {
     match error {
         Error::Config(_) | Error::Layout(_) | Error::Model(_) => ("invalid_configuration", false),
+        Error::Data(DataError::Validation(_)) => ("invalid_validation_file", false),
         Error::Data(_) => ("invalid_training_file", false),
         Error::DoesNotFit(_) => ("insufficient_memory", false),
         Error::Failed(_) => ("training_failed", false),

@@ -11,6 +11,7 @@ use super::responder::Shown;
 use super::retune::Tuning;
 use crate::config::Config;
 use crate::error::Error;
+use crate::service::store::Losses;
 use crate::train::engine::{Engine, StepReport};
 use crate::train::session::{Observer, Progress, Session};
 
@@ -26,7 +27,7 @@ pub(super) struct Reporter {
     total_steps: u64,
     tokens_per_step: u64,
     /// Of the last steps: a checkpoint is safe on disk some steps after the one that it holds.
-    losses: VecDeque<(u64, f64)>,
+    losses: VecDeque<(u64, Losses)>,
 }
 
 /// Steps that may pass while a checkpoint is written and still find their loss.
@@ -66,7 +67,7 @@ impl Reporter {
         let _ = self.shown.set(engine.runtime().view());
         let step = engine.current_step().0;
         if let Some(path) = session.last_checkpoint() {
-            self.send(&FromWorker::Checkpoint { step, directory: path.display().to_string(), train_loss: None });
+            self.send(&FromWorker::Checkpoint { step, directory: path.display().to_string(), losses: None });
         }
         let (parameters, plan) = (engine.plan().parameters, engine.plan().headline());
         self.send(&FromWorker::Started { step, parameters, plan });
@@ -79,12 +80,14 @@ impl Observer for Reporter {
         if self.losses.len() == REMEMBERED {
             self.losses.pop_front();
         }
-        self.losses.push_back((step, report.loss));
+        let valid_loss = progress.valid_loss.filter(|loss| loss.is_finite());
+        self.losses.push_back((step, Losses { train_loss: Some(report.loss), valid_loss }));
         self.last_sent = step;
         self.lines.send(&FromWorker::Step(StepMetrics {
             step,
             total_steps: self.total_steps,
             train_loss: report.loss,
+            valid_loss,
             learning_rate: report.learning_rate,
             gradient_norm: Some(report.stats.gradient_norm).filter(|norm| norm.is_finite()),
             tokens_per_second: Some(progress.tokens_per_second).filter(|rate| rate.is_finite()),
@@ -124,8 +127,8 @@ impl Observer for Reporter {
     }
 
     fn saved(&mut self, step: Step, path: &Path) {
-        let train_loss = self.losses.iter().find(|(of, _)| *of == step.0).map(|(_, loss)| *loss);
+        let losses = self.losses.iter().find(|(of, _)| *of == step.0).map(|(_, losses)| *losses);
         let directory = path.display().to_string();
-        self.lines.send(&FromWorker::Checkpoint { step: step.0, directory, train_loss });
+        self.lines.send(&FromWorker::Checkpoint { step: step.0, directory, losses });
     }
 }

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::questions::{Answer, Question};
 use crate::config::{Config, Placement, Policy, Size};
+use crate::service::store::Losses;
 
 /// From the service.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -107,8 +108,8 @@ pub enum FromWorker {
         step: u64,
         /// Its directory.
         directory: String,
-        /// Loss of the step.
-        train_loss: Option<f64>,
+        /// Losses of the step; `None` where its report has them.
+        losses: Option<Losses>,
     },
     /// Chunks were used or moved since the last time.
     Alive,
@@ -161,6 +162,9 @@ pub struct StepMetrics {
     pub total_steps: u64,
     /// Mean loss of the batch.
     pub train_loss: f64,
+    /// Mean loss on validation data, where it was due.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub valid_loss: Option<f64>,
     /// Learning rate.
     pub learning_rate: f64,
     /// Before it was clipped.

@@ -162,6 +162,8 @@ families! {
             "Steps to train in all.";
         TrainLoss = "patrickstar_train_loss", Number, [],
             "Mean loss of the last step.";
+        ValidLoss = "patrickstar_valid_loss", Number, [],
+            "Mean loss on data.validation_path, every train.eval_every steps; absent before the first time.";
         TrainLearningRate = "patrickstar_train_learning_rate", Number, [],
             "Learning rate of the last step.";
         TrainGradientNorm = "patrickstar_train_gradient_norm", Number, [],
@@ -247,9 +249,9 @@ families! {
     /// Spread of a time. Its sum divided by another's is a share of time; its count counts steps.
     Histogram {
         StepDuration = "patrickstar_train_step_duration_seconds", Seconds, [],
-            "Wall time of a step, its data and what it waited for the checkpoint before it included.";
+            "Wall time of a step, its data and what it waited for the checkpoint and the validation before it included.";
         PhaseDuration = "patrickstar_train_phase_duration_seconds", Seconds, ["phase"],
-            "Parts of a step, one after the other: data (reading and arranging its tokens), forward, backward (recompute included), optimizer (what no pass hides), checkpoint (what it waited before it began because states were being saved).";
+            "Parts of a step, one after the other: data (reading and arranging its tokens), forward, backward (recompute included), optimizer (what no pass hides), checkpoint (what it waited before it began because states were being saved), validation (what the loss on validation data took before it).";
         StallDuration = "patrickstar_stall_duration_seconds", Seconds, ["cause"],
             "Time of a step in which the device had nothing to do, by what it waited for.";
         CopyDuration = "patrickstar_chunk_copy_duration_seconds", Seconds, ["from", "to"],

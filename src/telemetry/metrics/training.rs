@@ -68,11 +68,12 @@ impl TrainingMetrics {
         registry.histogram(Histogram::StepDuration, &[]).record(whole.time);
         let phases = report.phases;
         for (phase, time) in [
-            ("data", whole.time.saturating_sub(stats.elapsed + whole.saving)),
+            ("data", whole.time.saturating_sub(stats.elapsed + whole.saving + whole.validation)),
             ("forward", phases.forward),
             ("backward", phases.backward),
             ("optimizer", phases.optimizer),
             ("checkpoint", whole.saving),
+            ("validation", whole.validation),
         ] {
             registry.histogram(Histogram::PhaseDuration, &[phase]).record(time);
         }
@@ -98,6 +99,11 @@ impl TrainingMetrics {
             registry.histogram(Histogram::ActorHandleDuration, &[status.actor]).record(busy);
         }
         self.actors = actors;
+    }
+
+    /// The loss on validation data is known anew.
+    pub fn validated(&self, loss: f64) {
+        self.registry.gauge(Gauge::ValidLoss, &[]).set(loss);
     }
 
     /// A checkpoint is being written from now on.

@@ -20,7 +20,7 @@ const rate = new Curve($("rate"), $("rate-readout"), "Tokens a second", "disk");
 const chunkMap = new ChunkMap($("chunks"), $("chunk-readout"));
 
 /** What the page shows now. */
-const shown = { job: null, stop: null, last: null, messages: [], steps: [], stale: false, heard: 0 };
+const shown = { job: null, stop: null, last: null, validLoss: null, messages: [], steps: [], stale: false, heard: 0 };
 
 function showLink(here) {
   const link = $("link");
@@ -78,7 +78,7 @@ function newRow(id) {
 function choose(id) {
   if (shown.job?.id === id) return;
   shown.stop?.abort();
-  Object.assign(shown, { job: null, stop: new AbortController(), last: null, messages: [], steps: [], stale: true });
+  Object.assign(shown, { job: null, stop: new AbortController(), last: null, validLoss: null, messages: [], steps: [], stale: true });
   loss.clear();
   rate.clear();
   history.replaceState(null, "", `#${id}`);
@@ -132,6 +132,7 @@ function showTiles() {
   if (last) {
     tiles[0][1] = `${whole.format(last.step)} / ${whole.format(last.total_steps)}`;
     tiles.push(["Loss", last.train_loss.toFixed(4)], ["Tokens a second", number(last.tokens_per_second ?? 0)]);
+    if (shown.validLoss !== null) tiles.push(["Validation loss", shown.validLoss.toFixed(4)]);
     tiles.push(["Tokens", short.format(last.trained_tokens)], ["Waiting for chunks", `${(100 * last.stall_ratio).toFixed(1)} %`]);
     tiles.push(["Learning rate", number(last.learning_rate)]);
     const left = (last.total_steps - last.step) * (last.trained_tokens / last.step) / last.tokens_per_second;
@@ -152,6 +153,7 @@ function hear(event) {
   if (kept.length > KEPT) kept.shift();
   if (isStep) {
     shown.last = event.data;
+    shown.validLoss = event.data.valid_loss ?? shown.validLoss;
     loss.add(event.data.step, event.data.train_loss);
     rate.add(event.data.step, event.data.tokens_per_second ?? NaN);
   }

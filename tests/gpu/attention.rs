@@ -11,7 +11,7 @@ use crate::{PRECISIONS, gpu, sizes};
 /// eight bits before products with keys, queries and values.
 const INNER: u32 = 4;
 
-fn check(precision: Precision, [batch, time, heads, head]: [usize; 4]) {
+pub fn check(precision: Precision, [batch, time, heads, head]: [usize; 4]) {
     let x = input(precision, &[batch, time, 3 * heads * head]);
     compare(precision, "attention", &x, &[], INNER, &|x, _, _| ops::causal_attention(x, heads));
 }

@@ -221,7 +221,7 @@ fn positions() {
 }
 
 /// `blocks` of tokens each add to the gradient of the weight.
-fn head(precision: Precision, [tokens, vocabulary, width]: [usize; 3], rows: usize, targets: &Tensor, blocks: u32) {
+pub fn head(precision: Precision, [tokens, vocabulary, width]: [usize; 3], rows: usize, targets: &Tensor, blocks: u32) {
     let specs = [(HEAD, vec![vocabulary, width], rows)];
     let op: Op<'_> = &|x, p, ctx| ops::linear_cross_entropy(x, &p[0], targets, ctx);
     // The gradient of logits is rounded, and what a block has added.

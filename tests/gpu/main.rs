@@ -17,6 +17,7 @@ mod derivatives;
 mod kernels;
 mod llama;
 mod neighbours;
+mod races;
 mod regions;
 mod streams;
 

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
-use patrickstar_actors::types::Bytes;
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use patrickstar_actors::types::{Bytes, Precision};
 
 /// What one class of kernels took.
 #[derive(Clone, Copy, Debug, Default)]
@@ -31,6 +31,15 @@ pub enum Compute {
 }
 
 impl Compute {
+    /// Element type of activations beside weights in `precision`.
+    pub fn activation_dtype(&self, _precision: Precision) -> DType {
+        match self {
+            Compute::Cpu => DType::F32,
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(_) => super::cuda::dtype_of(_precision),
+        }
+    }
+
     /// Waits for everything queued.
     pub fn synchronize(&self) -> Result<()> {
         self.device().synchronize()

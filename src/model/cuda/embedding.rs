@@ -54,8 +54,8 @@ impl Segments {
 }
 
 /// The element type of activations for weights of this precision.
-pub(super) fn dtype_of(param: &Param) -> DType {
-    match param.precision() {
+pub(crate) fn dtype_of(precision: Precision) -> DType {
+    match precision {
         Precision::Fp32 => DType::F32,
         Precision::Bf16 => DType::BF16,
         Precision::Fp16 => DType::F16,
@@ -68,7 +68,7 @@ impl CudaOps {
         if table.is_in_host_memory() {
             return self.gather(ids, dims, table);
         }
-        let (width, dtype) = (table.columns(), dtype_of(table));
+        let (width, dtype) = (table.columns(), dtype_of(table.precision()));
         let on_device = self.upload(ids)?;
         let y = self.uninitialised([dims, &[width]].concat(), dtype)?;
         for tile in self.tiles(table)? {

@@ -19,7 +19,7 @@ const GRAIN: usize = 64 << 10;
 impl CudaOps {
     /// Rows of `table` for `ids`, of shape `dims` and the width of the table.
     pub(super) fn gather(&self, ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
-        let rows = self.uninitialised([dims, &[table.columns()]].concat(), dtype_of(table))?;
+        let rows = self.uninitialised([dims, &[table.columns()]].concat(), dtype_of(table.precision()))?;
         let bytes = rows.elem_count() * rows.dtype().size_in_bytes();
         // SAFETY: the tensor was just made for these rows; its memory is freed in the order of the stream.
         unsafe {
@@ -63,7 +63,7 @@ impl CudaOps {
         table: &Param,
         add: impl FnOnce(&ParamTile) -> Result<()>,
     ) -> Result<()> {
-        let (width, dtype) = (table.columns(), dtype_of(table));
+        let (width, dtype) = (table.columns(), dtype_of(table.precision()));
         let visiting = self.uninitialised((rows, width), dtype)?;
         let (address, row_bytes) = (self.address(&visiting)?, width * dtype.size_in_bytes());
         let bytes = rows * row_bytes;

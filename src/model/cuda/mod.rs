@@ -18,4 +18,5 @@ mod rope;
 mod staging;
 mod tensor_map;
 
+pub(crate) use embedding::dtype_of;
 pub use ops::CudaOps;

@@ -1,5 +1,7 @@
 //! Token and position embeddings, with gradients in a fixed order: tokens of one row are summed in order of position.
 
+use std::rc::Rc;
+
 use candle_core::{DType, Result, bail};
 
 use crate::model::param::Param;
@@ -11,10 +13,16 @@ pub fn embedding(ids: &Activation, table: &Param) -> Result<Activation> {
     if let Some(id) = values.iter().find(|&&id| id as usize >= table.rows()) {
         bail!("embedding: token {id} is outside of `{}` with {} rows: check the tokenizer", table.name(), table.rows());
     }
-    let compute = ids.compute().clone();
-    let output = on!(&compute, embedding_forward(&values, ids.dims(), table))?;
-    let table = table.clone();
-    Ok(ids.tape().record(output, move |dy, _| on!(&compute, embedding_backward(&dy, &values, &table))))
+    let (compute, values, table): (_, Rc<[u32]>, _) = (ids.compute().clone(), values.into(), table.clone());
+    let dims = [ids.dims(), &[table.columns()]].concat();
+    let forward = {
+        // The first of a block's operations: a block that is computed again for its backward does without.
+        let (compute, values, dims, table) = (compute.clone(), Rc::clone(&values), ids.dims().to_vec(), table.clone());
+        move || on!(&compute, embedding_forward(&values, &dims, &table))
+    };
+    let dtype = compute.activation_dtype(table.precision());
+    ids.tape()
+        .record_deferred(dims, dtype, forward, move |dy, _| on!(&compute, embedding_backward(&dy, &values, &table)))
 }
 
 /// Adds row `t` of `table` (positions, hidden) to `x[.., t, ..]` (batch, time, hidden).
@@ -28,13 +36,15 @@ pub fn positional_embedding(x: &Activation, table: &Param) -> Result<Activation>
             table.shape()
         );
     }
-    let (compute, into_x) = (x.compute().clone(), x.slot());
-    let output = on!(&compute, positions_forward(&x.tensor()?, table))?;
-    let table = table.clone();
-    Ok(x.tape().record(output, move |dy, gradients| {
+    let (compute, into_x, table) = (x.compute().clone(), x.slot(), table.clone());
+    let forward = {
+        let (compute, x, table) = (compute.clone(), x.clone(), table.clone());
+        move || on!(&compute, positions_forward(&x.tensor()?, &table))
+    };
+    x.tape().record_deferred(x.dims(), x.dtype(), forward, move |dy, gradients| {
         on!(&compute, positions_backward(&dy, &table))?;
         gradients.pass(into_x, &dy)
-    }))
+    })
 }
 
 /// Positions ordered by their token, those of one token in order.
@@ -42,4 +52,59 @@ pub(crate) fn sorted_positions(ids: &[u32]) -> Vec<u32> {
     let mut keys: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, position)| u64::from(id) << 32 | position).collect();
     keys.sort_unstable();
     keys.into_iter().map(|key| key as u32).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![expect(unsafe_code, reason = "binds a parameter by address")]
+
+    use candle_core::{Device, Tensor};
+    use patrickstar_actors::types::Precision;
+
+    use super::*;
+    use crate::model::compute::Compute;
+    use crate::model::param::ParamTile;
+    use crate::model::tape::Tape;
+
+    #[test]
+    fn rows_are_looked_up_for_who_reads_them_and_not_for_their_gradients() {
+        let weights: Vec<f32> = (0..8).map(|i| i as f32).collect();
+        let mut gradients = [0f32; 8];
+        let gradient = gradients.as_mut_ptr();
+        let table = Param::new("w", &[4, 2], Precision::Fp32, None);
+        let bind = || {
+            let tile = ParamTile { row_start: 0, rows: 4, weight: weights.as_ptr().cast(), gradient: gradient.cast() };
+            // SAFETY: the arrays outlive the binding.
+            unsafe { table.bind(vec![tile]) };
+        };
+        let ids = Tensor::new(&[[3u32, 1], [1, 0]], &Device::Cpu).unwrap();
+        let pass = |tape: &Tape| {
+            let ids = tape.constant(ids.clone());
+            let rows = positional_embedding(&embedding(&ids, &table).unwrap(), &table).unwrap();
+            (ids, rows)
+        };
+        let tape = Tape::recording(&Compute::Cpu);
+        bind();
+        let (_, rows) = pass(&tape);
+        assert_eq!(
+            rows.tensor().unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [6.0, 8.0, 4.0, 6.0, 2.0, 4.0, 2.0, 4.0]
+        );
+        let tape = Tape::recording(&Compute::Cpu);
+        let (_, rows) = pass(&tape);
+        table.release();
+        assert!(rows.tensor().is_err(), "the rows were there before anybody read them");
+        let (_, again) = {
+            bind();
+            let tape = Tape::recording(&Compute::Cpu);
+            let pass = pass(&tape);
+            let upstream = Tensor::ones((2, 2, 2), DType::F32, &Device::Cpu).unwrap();
+            assert!(tape.backward(&pass.1, Some(upstream), &pass.0).unwrap().is_none());
+            pass
+        };
+        table.release();
+        assert!(again.tensor().is_err(), "a backward pass read the rows");
+        // Tokens 0 and 3 once, 1 twice, and each of the two positions in two sequences.
+        assert_eq!(gradients, [3.0, 3.0, 4.0, 4.0, 0.0, 0.0, 1.0, 1.0]);
+    }
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use crate::error::RuntimeError;
 use crate::health::ActorName;
 use crate::memory::{Backend, Event, MemoryError, SlotIndex, Stream};
+use crate::moves::{Move, MoveId};
 use crate::shared::Shared;
 use crate::stats::Reason;
-use crate::table::{Move, MoveId};
 use crate::timeline::Track;
 use crate::types::Tier;
 

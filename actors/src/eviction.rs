@@ -5,9 +5,9 @@ use std::sync::Arc;
 use crate::copy::MovesPlanned;
 use crate::error::RuntimeError;
 use crate::health::ActorName;
+use crate::moves::MoveStatus;
 use crate::planner::Planner;
 use crate::shared::Shared;
-use crate::table::MoveStatus;
 
 /// Rings of the copy streams.
 #[derive(Clone)]

@@ -7,7 +7,7 @@
 //! - [`memory`]: arenas and slots of each tier.
 //! - [`adam`]: the optimizer's arithmetic, with the same bits on every instruction set.
 //! - [`timeline`]: what happened when.
-//! - `table`, `shared`: where every chunk is, and who leases it.
+//! - `table`, `moves`, `shared`: where every chunk is, what is on the way, and who leases it.
 //! - `monitor`, `eviction`, `copy`, `reduction`, `optimizer`, `supervisor`: one actor a file; `shell` is the thin actix
 //!   part that they have in common, `system` starts them. `planner` is the mind of `eviction`, `updates` the queue of
 //!   `optimizer`.
@@ -30,6 +30,7 @@ pub mod health;
 mod idle;
 pub mod memory;
 pub mod monitor;
+mod moves;
 pub mod neighbours;
 mod optimizer;
 mod placement;

@@ -7,11 +7,12 @@
 use std::collections::BTreeSet;
 
 use crate::error::RuntimeError;
+use crate::moves::Urgency;
 use crate::placement::Side;
 use crate::schedule::{Candidate, Policy, StaticSet, choose_victim, plan_prefetch};
 use crate::shared::{EvictionPolicy, Plan, Shared};
 use crate::stats::{Pressure, Reason};
-use crate::table::{Access, Place, Request, Requester, Table, Urgency};
+use crate::table::{Access, Place, Request, Requester, Table};
 use crate::types::{ChunkId, GroupId, Kind, Moment, Tier};
 
 /// Updates a side whose chunks are brought: while one is computed the next one comes.

@@ -112,6 +112,10 @@ impl Backend for Paced {
         Ok(())
     }
 
+    fn trim_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
     fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
         Ok(None)
     }

@@ -161,7 +161,21 @@ impl Monitor {
             let who = self.probe.neighbours().map(|who| format!(": {who}")).unwrap_or_default();
             tracing::info!("neighbours leave {left} of the {asked} of the device that were asked for{who}");
         }
+        drop(given);
+        if left < before {
+            self.trim_non_model()?;
+        }
         Ok(left != before)
+    }
+
+    /// Others get what the pool holds beyond what steps were measured to need: of an evaluation, or in pieces.
+    fn trim_non_model(&self) -> Result<(), RuntimeError> {
+        let (peak, headroom) = (self.non_model.peak(), self.given().headroom);
+        // Before the first step nothing is known.
+        if peak > Bytes(0) {
+            self.shared.backend.trim_non_model(Bytes((peak.0 as f64 * (1.0 + headroom)).ceil() as u64))?;
+        }
+        Ok(())
     }
 
     /// Device slots without which the work cannot go on: no access and no update would fit beside the next one, or beside
@@ -268,6 +282,9 @@ impl Monitor {
         self.shared.lock().budget[Tier::Device.index()] = slots;
         if self.shared.plan().is_none() {
             self.settle(slots)?;
+        }
+        if device < before {
+            self.trim_non_model()?;
         }
         self.publish()?;
         self.shared.ring();

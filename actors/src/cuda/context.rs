@@ -29,8 +29,8 @@ pub struct Gpu {
 /// The pool from which candle takes memory.
 struct Pool {
     handle: sys::CUmemoryPool,
-    /// Made by `cap_pool`, so to be destroyed.
-    own: bool,
+    /// What it may hold, where it was made by `cap_pool`; the driver's own has no limit.
+    limit: Option<Bytes>,
 }
 
 // SAFETY: a handle of the driver, which locks it itself.
@@ -66,7 +66,7 @@ impl Gpu {
             .map_err(|error| device_error("find its memory pool", error))?;
         keep_memory(pool)?;
         let inspector = Inspector::new(Arc::clone(&context));
-        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, own: false }), inspector, profile, kernels })
+        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, limit: None }), inspector, profile, kernels })
     }
 
     /// From now on candle's memory comes from a pool of at most `limit` bytes: what does not fit is an error of the
@@ -88,8 +88,9 @@ impl Gpu {
         };
         keep_memory(handle)?;
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = std::mem::replace(&mut *pool, Pool { handle, own: true });
-        if before.own {
+        let limit = Some(Bytes(properties.maxSize as u64));
+        let before = std::mem::replace(&mut *pool, Pool { handle, limit });
+        if before.limit.is_some() {
             // SAFETY: made here; what is still allocated from it stays valid until it is freed.
             unsafe { result::mem_pool::destroy(before.handle) }.map_err(failed)?;
         }
@@ -137,11 +138,21 @@ impl Gpu {
         })
     }
 
-    /// Gives memory that is not allocated back to the system, so that it can be taken in other pieces.
-    pub fn trim_pool(&self) -> Result<(), MemoryError> {
+    /// Whether the pool may take so many bytes more from the device, should the device have them.
+    pub fn pool_may_take(&self, bytes: Bytes) -> Result<bool, MemoryError> {
+        let limit = self.pool.lock().unwrap_or_else(PoisonError::into_inner).limit;
+        let reserved = self.pool_use()?.reserved;
+        Ok(limit.is_none_or(|limit| reserved.0 + bytes.0 <= limit.0))
+    }
+
+    /// Gives memory that is not allocated back to the system, so that it can be taken in other pieces, or by others; the
+    /// pool keeps `keep` bytes.
+    pub fn trim_pool(&self, keep: Bytes) -> Result<(), MemoryError> {
+        self.context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
         let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
+        let keep = usize::try_from(keep.0).unwrap_or(usize::MAX);
         // SAFETY: a live pool.
-        unsafe { result::mem_pool::trim_to(pool, 0) }.map_err(|error| device_error("trim its memory pool", error))
+        unsafe { result::mem_pool::trim_to(pool, keep) }.map_err(|error| device_error("trim its memory pool", error))
     }
 
     /// Starts the peak over.

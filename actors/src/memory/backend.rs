@@ -87,6 +87,9 @@ pub trait Backend: Send + Sync + 'static {
     /// From now on non-model memory may not exceed `limit`: what asks for more gets an error. Without effect where slots
     /// and non-model memory are one allocation.
     fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError>;
+    /// What the pool of non-model memory has beyond `keep` and nobody uses goes back to the device. Without effect where
+    /// slots and non-model memory are one allocation.
+    fn trim_non_model(&self, keep: Bytes) -> Result<(), MemoryError>;
     /// Memory that is left on the device; `None` where nobody else takes of it.
     fn room(&self) -> Result<Option<DeviceRoom>, MemoryError>;
     /// The end of what the model has queued so far; `None` where the model computes before it returns.
@@ -242,6 +245,10 @@ impl Backend for CpuBackend {
     }
 
     fn cap_non_model(&self, _limit: Bytes) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn trim_non_model(&self, _keep: Bytes) -> Result<(), MemoryError> {
         Ok(())
     }
 

@@ -189,6 +189,10 @@ impl Backend for CudaBackend {
         self.gpu.cap_pool(limit)
     }
 
+    fn trim_non_model(&self, keep: Bytes) -> Result<(), MemoryError> {
+        self.gpu.trim_pool(keep)
+    }
+
     fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
         let context = self.gpu.context();
         context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;

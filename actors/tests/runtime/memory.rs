@@ -22,6 +22,8 @@ use crate::model::{BLOCKS, CHUNK, Case, HOST, Model, specs, train};
 #[derive(Default)]
 struct SharedDevice {
     free: AtomicU64,
+    /// What non-model memory was last told to keep.
+    kept: AtomicU64,
 }
 
 impl Backend for SharedDevice {
@@ -42,6 +44,11 @@ impl Backend for SharedDevice {
     }
 
     fn cap_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
+        Ok(())
+    }
+
+    fn trim_non_model(&self, keep: Bytes) -> Result<(), MemoryError> {
+        self.kept.store(keep.0, Ordering::Relaxed);
         Ok(())
     }
 
@@ -197,7 +204,7 @@ fn a_neighbour_gets_no_memory_whose_chunks_have_no_other_place() {
                 let host_slots = persistent * away + gradients + 2 + persistent;
                 let device_slots = layout.chunk_count() as u64;
                 let case = Case { device_slots, host_slots, sides: (lives_there, 0), ..resident.clone() };
-                let device = Arc::new(SharedDevice { free: AtomicU64::new(4 * CHUNK) });
+                let device = Arc::new(SharedDevice { free: AtomicU64::new(4 * CHUNK), ..SharedDevice::default() });
                 let (states, kept) = train_beside(&case, Some(device));
                 let what = format!(
                     "{precision:?} clip {clip_norm}: {kept} slots left of {device_slots} for {lives_there} residents"
@@ -307,9 +314,19 @@ fn headroom_takes_nothing_that_an_access_needs() {
 fn activations_in_memory_of_their_own_leave_all_slots_to_chunks() {
     let case = Case { device_slots: 6, ..Case::resident(Precision::Fp32, 0.0) };
     let probe = Arc::new(Activations { chunks: [1; 2 * BLOCKS - 1], asked: AtomicU64::new(0) });
-    let mut model = Model::on(Arc::new(SharedDevice::default()), probe, &case).expect("start");
+    let device = Arc::new(SharedDevice::default());
+    let mut model = Model::on(device.clone(), probe, &case).expect("start");
     for step in 1..=4 {
         model.step(step).expect("step");
     }
     assert!(model.states().expect("states") == train(&Case::resident(Precision::Fp32, 0.0)));
+    // With a smaller budget they give up what no step needed.
+    let retune = Retune { device: Some(Bytes(case.device_slots * CHUNK - 1)), ..Retune::default() };
+    model.runtime.retune(retune).expect("retune");
+    let began = std::time::Instant::now();
+    while device.kept.load(Ordering::Relaxed) == 0 {
+        assert!(began.elapsed().as_secs() < 60, "nothing was given up");
+        std::thread::yield_now();
+    }
+    assert_eq!(device.kept.load(Ordering::Relaxed), CHUNK);
 }

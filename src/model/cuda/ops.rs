@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::sys::CUdevice_attribute::{
@@ -22,6 +23,9 @@ use super::matmul::Products;
 use super::rope::Tables;
 use super::staging::Staging;
 
+/// How long an allocation waits for memory that chunks give back, and between its tries: a few looks of the monitor.
+const PATIENCE: Duration = Duration::from_secs(5);
+const BETWEEN_TRIES: Duration = Duration::from_millis(20);
 /// fp32 numbers between places in the scratch memory: 256 bytes, the alignment of an allocation.
 const SCRATCH_MULTIPLE: usize = 64;
 /// Tiles of columns of which the last block adds the sums.
@@ -189,9 +193,9 @@ impl CudaOps {
             Err(_) => {
                 buffers.clear();
                 self.stream.synchronize().map_err(message)?;
-                self.gpu.trim_pool().map_err(message)?;
-                allocate().map_err(|error| {
-                    let bytes = Bytes((elements * dtype.size_in_bytes()) as u64);
+                self.gpu.trim_pool(Bytes(0)).map_err(message)?;
+                let bytes = Bytes((elements * dtype.size_in_bytes()) as u64);
+                self.allocate_in_time(bytes, allocate).map_err(|error| {
                     message(format!(
                         "the GPU has no {bytes} left for an activation ({}; {}): lower train.batch, raise train.micro_batches, or set train.recompute = \"full\"",
                         error.to_string().lines().next().unwrap_or_default(),
@@ -206,6 +210,20 @@ impl CudaOps {
             buffers.keep(&tensor);
         }
         Ok(tensor)
+    }
+
+    /// Allocates `bytes`. Where the pool may take them and the device has none, a neighbour was faster: the monitor then takes
+    /// memory from chunks, region by region, as far as they can do without.
+    fn allocate_in_time(&self, bytes: Bytes, allocate: impl Fn() -> Result<CudaStorage>) -> Result<CudaStorage> {
+        let began = Instant::now();
+        loop {
+            match allocate() {
+                Err(_) if began.elapsed() < PATIENCE && self.gpu.pool_may_take(bytes).map_err(message)? => {
+                    std::thread::sleep(BETWEEN_TRIES);
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// From now on the memory of up to `limit` bytes of activations is kept for the next ones of their size.

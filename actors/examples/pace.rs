@@ -188,6 +188,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         clip_norm: clip as f64,
         mailbox: 256,
         optimizer_threads: 2,
+        fixed_share: false,
         headroom: 0.0,
         monitor_interval: Duration::from_millis(100),
     };

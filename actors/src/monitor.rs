@@ -95,6 +95,8 @@ pub(crate) struct Given {
     pub left: Bytes,
     /// Memory beside chunks that is never theirs, where the two are apart.
     pub beside: Bytes,
+    /// Chunks keep the rest, whatever is measured and whoever else takes memory.
+    pub fixed: bool,
     pub share: Share,
     /// Fraction of the measured non-model memory kept free on top of it.
     pub headroom: f64,
@@ -148,6 +150,9 @@ impl Monitor {
 
     /// Whether neighbours on the device took or left memory.
     fn follow_neighbours(&mut self) -> Result<bool, RuntimeError> {
+        if self.given().fixed {
+            return Ok(false);
+        }
         let (Some(room), Some(plan)) = (self.shared.backend.room()?, self.shared.plan()) else { return Ok(false) };
         let chunks = u64::from(self.shared.lock().backed) * self.shared.chunk_bytes().0;
         let least = u64::from(self.least_slots(&plan)) * self.shared.chunk_bytes().0;
@@ -203,11 +208,11 @@ impl Monitor {
     /// Device slots beside so much `non_model` memory and what is kept free for its growth, which is not taken from an
     /// `access` of so many chunks.
     fn slots_beside(&self, non_model: Bytes, access: u32) -> u32 {
-        if self.shared.backend.separates_non_model() {
+        let given = *self.given();
+        if given.fixed || self.shared.backend.separates_non_model() {
             // Neither can use what the other leaves.
             return u32::MAX;
         }
-        let given = *self.given();
         let beside = |bytes: u64| {
             let left = given.device.min(given.left).0.saturating_sub(bytes);
             (left / self.shared.chunk_bytes().0).min(u64::from(u32::MAX)) as u32

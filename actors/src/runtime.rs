@@ -53,6 +53,8 @@ pub struct RuntimeConfig {
     pub mailbox: usize,
     /// Threads of the optimizer; 0 for all cores.
     pub optimizer_threads: usize,
+    /// Chunks keep what `non_model` leaves, whatever is measured and whoever takes memory of the device.
+    pub fixed_share: bool,
     /// Fraction of the measured non-model memory kept free on top of it.
     pub headroom: f64,
     /// Time between two looks of the monitor.
@@ -105,7 +107,7 @@ impl Runtime {
         let chunk = layout.chunk_bytes();
         let all = layout.chunk_count() as u32;
         // No more slots than there are chunks: a device larger than the model leaves the rest to others.
-        let beside = if backend.separates_non_model() { config.non_model.0 } else { 0 };
+        let beside = if config.fixed_share || backend.separates_non_model() { config.non_model.0 } else { 0 };
         let fitting = config.device.0.saturating_sub(beside) / chunk.0;
         let device_slots = (fitting.min(u64::from(u32::MAX)) as u32).min(all);
         let slots = [
@@ -172,6 +174,7 @@ impl Runtime {
             non_model: Arc::clone(&non_model),
             device: config.device,
             beside: Bytes(beside),
+            fixed: config.fixed_share,
             headroom: config.headroom,
             interval: config.monitor_interval,
         })?;

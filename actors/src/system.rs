@@ -119,6 +119,8 @@ pub(crate) struct Parts {
     pub device: Bytes,
     /// Memory beside chunks that is never theirs, where the two are apart.
     pub beside: Bytes,
+    /// Chunks keep what is not beside them.
+    pub fixed: bool,
     pub headroom: f64,
     pub interval: Duration,
 }
@@ -283,6 +285,7 @@ async fn adopt_all(arbiters: &Arbiters, parts: &Parts) -> Result<Inboxes, String
             device: parts.device,
             left: parts.device,
             beside: parts.beside,
+            fixed: parts.fixed,
             share: Share::default(),
             headroom: parts.headroom,
         }));

@@ -77,6 +77,7 @@ fn invalid_values_say_what_to_do() {
         (&["memory.chunk=5000"], "memory.chunk"),
         (&["memory.device=1MiB", "memory.chunk=2MiB"], "memory.chunk"),
         (&["memory.device=0"], "memory.device"),
+        (&["memory.chunk_share=1"], "memory.chunk_share"),
         (&["memory.disk_path=x"], "memory.disk_path"),
         (&["train.seq_len=2048"], "train.seq_len"),
         (&["train.lr=nan"], "train.lr"),

@@ -19,7 +19,9 @@ pub use sections::{
     Train,
 };
 pub use validate::SHAPES;
-pub use values::{Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Size};
+pub use values::{
+    Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Share, Size,
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::values::{
-    Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Size, bytes,
+    Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Share, Size, bytes,
 };
 
 /// The model that is trained.
@@ -75,6 +75,10 @@ pub struct Memory {
     #[serde(deserialize_with = "bytes")]
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub device: Bytes,
+    /// What chunks may use of it: "dynamic", what activations and neighbours leave, or "static", a fixed part.
+    pub share: Share,
+    /// The part of `device` that is for chunks alone with a static share, above 0 and below 1; the rest is for activations.
+    pub chunk_share: f64,
     /// Budget of host memory, or "auto" for what the machine and its cgroup leave.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub host: Size,
@@ -93,10 +97,22 @@ pub struct Memory {
     pub buffers: Bytes,
 }
 
+impl Memory {
+    /// What chunks have of the device, whoever else could use it; `None` with a dynamic share.
+    pub(crate) fn fixed_chunks(&self) -> Option<Bytes> {
+        match self.share {
+            Share::Dynamic => None,
+            Share::Static => Some(Bytes((self.device.0 as f64 * self.chunk_share) as u64)),
+        }
+    }
+}
+
 impl Default for Memory {
     fn default() -> Self {
         Memory {
             device: Bytes(8_000_000_000),
+            share: Share::Dynamic,
+            chunk_share: 0.5,
             host: Size::Auto,
             disk: Bytes(0),
             disk_path: None,

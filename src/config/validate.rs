@@ -59,6 +59,10 @@ impl Config {
             }
         };
         check(memory.device > Bytes(0), "`memory.device` is 0: give the device a budget such as \"8GB\"");
+        check(
+            memory.chunk_share > 0.0 && memory.chunk_share < 1.0,
+            "`memory.chunk_share` is out of range: set it above 0 and below 1",
+        );
         check(memory.host.bytes() != Some(Bytes(0)), "`memory.host` is 0: give the host a budget, or \"auto\"");
         check(
             memory.disk > Bytes(0) || memory.disk_path.is_none(),

@@ -117,6 +117,17 @@ words! {
 }
 
 words! {
+    /// Who decides what chunks may use of the device. The bits do not depend on it.
+    Share {
+        /// Activations as they are measured, and neighbours: chunks get what those leave.
+        #[default]
+        Dynamic = "dynamic",
+        /// Nobody: chunks have a fixed part.
+        Static = "static",
+    }
+}
+
+words! {
     /// How the learning rate changes after the warm-up.
     Schedule {
         /// Half a cosine from `lr` to `min_lr`.

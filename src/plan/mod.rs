@@ -14,7 +14,7 @@ use patrickstar_actors::types::{Bytes, Kind, Tier};
 use patrickstar_actors::{EvictionPolicy, Split, SplitRoom};
 use serde::Serialize;
 
-use crate::config::{self, Boundaries, Config, Embedding, OptimizerKind, Recompute, Size};
+use crate::config::{self, Boundaries, Config, Embedding, OptimizerKind, Recompute, Share, Size};
 use crate::error::Error;
 use crate::model::gpt2::{self, Gpt2Config};
 use crate::train::device::is_cuda;
@@ -27,6 +27,7 @@ mod text;
 mod verdict;
 
 pub use bound::{Bound, Limit, Rates};
+use verdict::too_little_beside_chunks;
 
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
 const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
@@ -185,10 +186,13 @@ impl Plan {
             model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
         let buffers = if is_cuda(&config.compute) { config.memory.buffers } else { Bytes(0) };
-        let reserved = |keeping: Keeping| match &model {
+        let predicted = |keeping: Keeping| match &model {
             Some(_) => Bytes(reserve(config, non_model(keeping)).0 + buffers.0),
             None => Bytes(non_model(keeping).0 + buffers.0),
         };
+        // A static share leaves activations the rest of the device, whatever they need.
+        let rest = config.memory.fixed_chunks().map(|chunks| Bytes(config.memory.device.0.saturating_sub(chunks.0)));
+        let reserved = |keeping: Keeping| rest.unwrap_or_else(|| predicted(keeping));
         let layers = program.uses.len().saturating_sub(2);
         let kept = match config.train.recompute {
             Recompute::None => Keeping { layers, ..Keeping::default() },
@@ -259,13 +263,16 @@ impl Plan {
         plan.layers = layers as u32;
         let keeping = match config.train.boundaries {
             Boundaries::Host => Keeping { away: most_away, ..kept },
-            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &reserved),
+            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &predicted),
             Boundaries::Auto | Boundaries::Device => kept,
         };
         plan.frugal = keeping.frugal;
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
         plan.reserved = reserved(keeping);
+        if let Some(rest) = rest.filter(|&rest| model.is_some() && predicted(keeping) > rest) {
+            plan.problems.push(too_little_beside_chunks(config, predicted(keeping), rest));
+        }
         plan.activations_on_host = model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping));
         plan.place(config, program, Bytes(non_model(keeping).0 + buffers.0));
         Ok(plan)
@@ -352,6 +359,7 @@ impl Plan {
             clip_norm: train.clip_norm,
             mailbox: config.actors.reduction.mailbox,
             optimizer_threads: config.actors.optimizer.threads,
+            fixed_share: config.memory.share == Share::Static,
             headroom: config.actors.monitor.headroom,
             monitor_interval: Duration::from_millis(config.actors.monitor.interval_ms),
         }

@@ -55,11 +55,15 @@ impl Plan {
 
     /// What is kept where. Beside a model that lives on the device as a whole: the activations of as many layers as find a
     /// place. Where chunks travel their slots come first, and where not even they have room inputs of layers go to host memory.
+    /// With a static share whatever finds a place in the rest.
     pub(super) fn keeping(&self, config: &Config, kept: Keeping, non_model: &dyn Fn(Keeping) -> Bytes) -> Keeping {
         let layers = self.layers as usize;
         let room = |keeping: Keeping| self.room(config, non_model(keeping));
+        // Beside a static share chunks have no use for what activations leave.
+        let fixed = config.memory.fixed_chunks();
+        let beside = |keeping: Keeping| fixed.map(|chunks| non_model(keeping).0 + chunks.0 <= config.memory.device.0);
         if config.train.recompute == Recompute::Auto {
-            let fits = |keeping: &Keeping| room(*keeping).holds_all();
+            let fits = |keeping: &Keeping| beside(*keeping).unwrap_or_else(|| room(*keeping).holds_all());
             let all = Keeping { layers, ..Keeping::default() };
             if fits(&all) {
                 return all;
@@ -77,7 +81,8 @@ impl Plan {
         let needed = if is_cuda(&config.compute) { 2 * self.working_set_chunks } else { self.working_set_chunks };
         let keeping = |away: usize| Keeping { away, ..kept };
         let most = layers - kept.layers;
-        keeping((0..=most).find(|&away| room(keeping(away)).slots >= needed).unwrap_or(most))
+        let fits = |keeping: Keeping| beside(keeping).unwrap_or_else(|| room(keeping).slots >= needed);
+        keeping((0..=most).find(|&away| fits(keeping(away))).unwrap_or(most))
     }
 
     /// What the parts of a step cost, from shapes.

@@ -3,12 +3,17 @@
 use patrickstar_actors::types::Bytes;
 
 use super::Plan;
-use crate::config::{Config, Placement};
+use crate::config::{Config, Placement, Share};
 
 impl Plan {
     /// Device memory below which a job of this plan cannot go on: its largest access beside what is not chunks.
     pub fn least_device(&self) -> Bytes {
         Bytes(u64::from(self.working_set_chunks) * self.chunk.0 + self.reserved.0)
+    }
+
+    /// The `memory.chunk_share` that leaves activations what they have now, were the device's budget `device`.
+    pub fn chunk_share(&self, device: Bytes) -> f64 {
+        device.0.saturating_sub(self.reserved.0) as f64 / device.0.max(1) as f64
     }
 
     pub(super) fn verify(&mut self, config: &Config, needed: u32) {
@@ -22,10 +27,20 @@ impl Plan {
         };
         if device < device_need {
             let non_model = config.memory.device.0.saturating_sub(bytes(device).0);
-            let need = Bytes(u64::from(device_need) * chunk + non_model.min(config.memory.device.0));
+            let chunks = u64::from(device_need) * chunk;
+            let share = config.memory.chunk_share;
+            let (need, knob) = match config.memory.share {
+                Share::Dynamic => {
+                    (chunks + non_model.min(config.memory.device.0), "raise train.micro_batches".to_owned())
+                }
+                Share::Static => {
+                    ((chunks as f64 / share).ceil() as u64, format!("raise memory.chunk_share above {share}"))
+                }
+            };
+            let need = Bytes(need);
             self.problems.push(format!(
                 "device memory has room for {device} chunks of {} beside {} of activations, the largest block needs {device_need}: \
-                 set memory.device to at least {need}, or lower memory.chunk, or raise train.micro_batches",
+                 set memory.device to at least {need}, or lower memory.chunk, or {knob}",
                 Bytes(chunk),
                 Bytes(non_model),
             ));
@@ -48,4 +63,18 @@ impl Plan {
             ));
         }
     }
+}
+
+/// Why activations that need so much do not fit into the `rest` that a static share leaves them.
+pub(super) fn too_little_beside_chunks(config: &Config, need: Bytes, rest: Bytes) -> String {
+    let most = 1.0 - need.0 as f64 / config.memory.device.0.max(1) as f64;
+    let knob = match most > 0.0 {
+        // Rounded down: it must leave enough.
+        true => format!("lower memory.chunk_share to {:.3}", (most * 1e3).floor() / 1e3),
+        false => format!("set memory.device to more than {need}"),
+    };
+    format!(
+        "activations need {need}, the static share of chunks leaves them {rest}: {knob}, or raise train.micro_batches, \
+         or set memory.share = \"dynamic\""
+    )
 }

@@ -186,6 +186,27 @@ fn a_request_that_never_fits_is_a_typed_error_with_numbers() {
     }
 }
 
+/// A fixed share follows neither neighbours nor activations.
+#[test]
+fn a_fixed_share_stays() {
+    let resident = Case::resident(Precision::Bf16, 1.0);
+    let slots = Layout::new(&specs(), Precision::Bf16, Bytes(CHUNK)).expect("layout").chunk_count() as u64;
+    let (reference, _) = train_beside(&resident, None);
+    for (fixed_share, kept_all) in [(true, true), (false, false)] {
+        let case = Case { device_slots: slots, fixed_share, ..resident.clone() };
+        let device = Arc::new(SharedDevice { free: AtomicU64::new(4 * CHUNK), ..SharedDevice::default() });
+        let (states, kept) = train_beside(&case, Some(device));
+        assert!(states == reference);
+        assert_eq!(kept == slots, kept_all, "{kept} of {slots}");
+        let probe = Arc::new(Activations { chunks: [3; 2 * BLOCKS - 1], asked: AtomicU64::new(0) });
+        let mut model = Model::on(Arc::new(CpuBackend), probe, &case).expect("start");
+        model.step(1).expect("step");
+        model.step(2).expect("step");
+        let budget = model.runtime.tier_use(Tier::Device).budget.0 / CHUNK;
+        assert_eq!(budget == slots, kept_all, "{budget} of {slots}");
+    }
+}
+
 /// Whatever the chunks give back the neighbour takes: they keep what finds no place in host memory.
 #[test]
 fn a_neighbour_gets_no_memory_whose_chunks_have_no_other_place() {

@@ -67,6 +67,8 @@ pub struct Case {
     /// Groups change sides while training, by what steps cost, and by a guess of that before.
     pub splits: bool,
     pub clip_norm: f64,
+    /// Chunks keep all slots, whatever is measured and whoever takes memory.
+    pub fixed_share: bool,
     pub kill: Option<ActorName>,
 }
 
@@ -82,6 +84,7 @@ impl Case {
             sides: HOST,
             splits: false,
             clip_norm,
+            fixed_share: false,
             kill: None,
         }
     }
@@ -144,6 +147,7 @@ impl Model {
             clip_norm: case.clip_norm,
             mailbox: 4,
             optimizer_threads: 2,
+            fixed_share: case.fixed_share,
             headroom: 0.0,
             monitor_interval: Duration::from_millis(5),
         };

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint;
-use crate::config::{Boundaries, Config, Embedding, Placement, Policy, Recompute, Schedule, Size};
+use crate::config::{Boundaries, Config, Embedding, Placement, Policy, Recompute, Schedule, Share, Size};
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
@@ -106,6 +106,14 @@ fn variants(base: &Config) -> Vec<Variant> {
     }
     for slots in [TIGHT, 17, 20, 26, 40] {
         add(format!("budget of {slots} chunks"), &|config| config.memory.device = device(config, slots));
+    }
+    for slots in [TIGHT, 26, 10_000] {
+        add(format!("static share of {slots} chunks"), &|config| {
+            // Half a chunk more on either side: the share is rounded.
+            config.memory.device = Bytes(device(config, slots).0 + CHUNK);
+            config.memory.share = Share::Static;
+            config.memory.chunk_share = (slots as f64 + 0.5) * CHUNK as f64 / config.memory.device.0 as f64;
+        });
     }
     for chunk in [64u64 << 10, 100 << 10, 128 << 10, 256 << 10] {
         add(format!("chunk {chunk}"), &|config| {

@@ -102,6 +102,8 @@ fn trial(engine: &Engine, next: &Config) -> Config {
     let mut trial = next.clone();
     trial.memory.chunk = Size::Bytes(engine.plan().chunk);
     trial.memory.host = Size::Bytes(host(engine, next));
+    // A static share gives up chunks alone.
+    trial.memory.chunk_share = engine.plan().chunk_share(next.memory.device);
     trial
 }
 

@@ -25,6 +25,9 @@ fn row_grid(rows: usize, width: usize, dtype: DType, bytes: usize) -> Grid {
     Grid::linear(((rows * parts) as u64).div_ceil(WARPS).clamp(1, MOST_BLOCKS), 256)
 }
 
+/// Blocks of 256 threads that fit on a multiprocessor at once; see `common.cuh`.
+const RESIDENT: u64 = 4;
+
 /// What `embedding_backward` adds to the rows of a tile.
 #[derive(Default)]
 struct Segments {
@@ -63,6 +66,13 @@ pub(crate) fn dtype_of(precision: Precision) -> DType {
 }
 
 impl CudaOps {
+    /// No more blocks of `grid` than fit on the GPU at once: each goes on to the next piece, and knows before what that is.
+    fn at_once(&self, grid: Grid) -> Grid {
+        let most = u64::from(self.multiprocessors) * RESIDENT;
+        let [x, y, z] = grid.blocks;
+        Grid { blocks: [u64::from(x).min(most) as u32, y, z], ..grid }
+    }
+
     /// Rows of `table` for `ids`.
     pub(crate) fn embedding_forward(&self, ids: &[u32], dims: &[usize], table: &Param) -> Result<Tensor> {
         if table.is_in_host_memory() {
@@ -85,7 +95,7 @@ impl CudaOps {
             self.launch(
                 &self.embedding,
                 kernel!(dtype, "embedding_forward"),
-                row_grid(ids.len(), width, dtype, 2048),
+                self.at_once(row_grid(ids.len(), width, dtype, 2048)),
                 &args,
             )?;
         }
@@ -138,7 +148,7 @@ impl CudaOps {
                 Arg::I32(count as i32),
                 width_arg,
             ];
-            let grid = row_grid(count, width, dtype, 2048);
+            let grid = self.at_once(row_grid(count, width, dtype, 2048));
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward"), grid, &args)?;
             if long_count == 0 {
                 continue;

@@ -14,6 +14,7 @@
 //
 // No dynamic shared memory. Where a grid is good, a warp takes so many bytes of a row:
 // [1] 2048.   [2] 2048: two pieces of 1024.   [4] 512.   [3] x: count, y: ceil(width / 1024).
+// For embedding_forward and embedding_backward no more blocks than fit on the GPU at once are better.
 //
 // `table` and `gradient` begin at the first row of a tile: table row `first_row` for tokens, position `first` for
 // positions. embedding_forward writes y[r] = table[ids[r] - first_row], or adds it to y[r] if accumulate is not 0, where
@@ -75,12 +76,15 @@ __device__ __forceinline__ void embedding_forward(
 ) {
     constexpr int PACKS = COPY_PACKS;
     const int parts = parts_of<PACKS, T>(width);
-    const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
-    for (uint64_t item = warp; item < rows * parts; item += warps) {
-        const uint64_t row = item / parts;
+    const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP, items = rows * parts;
+    // The next id is on its way while this one's row is.
+    uint32_t id = warp < items ? ids[warp / parts] : 0;
+    for (uint64_t item = warp; item < items; item += warps) {
+        const uint64_t row = item / parts, next = item + warps;
         const int first = int(item % parts) * PACKS * TILE<T> + threadIdx.x % WARP * Pack<T>::LANES;
         // An id before the tile wraps around and is out of range as well.
-        const uint64_t table_row = ids[row] - first_row;
+        const uint64_t table_row = id - first_row;
+        id = next < items ? ids[next / parts] : 0;
         if (table_row >= table_rows) continue;
         T* target = y + row * width;
         copy_part<PACKS, ADD, VECTOR>(table + table_row * width, target, target, first, width);
@@ -141,8 +145,14 @@ __device__ __forceinline__ void add_to_gradient(
     store_pack<VECTOR>(gradient, count, pack_of<T>(values));
 }
 
-// A warp takes a segment, and PACKS packs a lane of its columns. What a segment is lies ready in lists, so that a warp has
-// to wait only for the list, its positions and then the rows.
+// Positions order[start .. start + count] and where their sum goes.
+struct Segment {
+    uint32_t start, target;
+    int count;
+};
+
+// A warp takes a segment, and PACKS packs a lane of its columns. While it waits for rows, the positions of its next
+// segment are on their way, and the place of the one after that.
 template <bool VECTOR, typename T>
 __device__ __forceinline__ void embedding_backward(
     const T* dy, const uint32_t* order, const uint32_t* starts, const uint32_t* targets, T* gradient, float* partial,
@@ -151,13 +161,25 @@ __device__ __forceinline__ void embedding_backward(
     constexpr int LANES = Pack<T>::LANES, PACKS = SUM_PACKS, ROWS = SUMMED_ROWS;
     const int parts = parts_of<PACKS, T>(width);
     const int lane = threadIdx.x % WARP;
-    const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP;
-    for (uint64_t item = warp; item < uint64_t(segments) * parts; item += warps) {
+    const uint64_t warp = global_thread() / WARP, warps = grid_threads() / WARP, items = uint64_t(segments) * parts;
+    auto segment_of = [&](uint64_t item) -> Segment {
+        if (item >= items) return {0, 0, 0};
         const uint64_t segment = item / parts;
+        const uint32_t start = starts[segment];
+        return {start, targets[segment], int(starts[segment + 1] - start)};
+    };
+    auto position_in = [&](const Segment& segment) {
+        return lane < segment.count ? order[segment.start + lane] : 0;
+    };
+    Segment segment = segment_of(warp), next_segment = segment_of(warp + warps);
+    uint32_t position = position_in(segment);
+    for (uint64_t item = warp; item < items; item += warps) {
         const int column = int(item % parts) * PACKS * TILE<T> + lane * LANES;
-        const uint32_t start = starts[segment], target = targets[segment];
-        const int count = int(starts[segment + 1] - start);
-        const uint32_t position = lane < count ? order[start + lane] : 0;
+        const uint32_t target = segment.target;
+        const int count = segment.count;
+        const uint32_t next_position = position_in(next_segment);
+        segment = next_segment;
+        next_segment = segment_of(item + 2 * warps);
         const bool is_whole = (target & PARTIAL) == 0;
         T* row = gradient + uint64_t(target & ~PARTIAL) * width;
         Pack<T> before[PACKS];
@@ -195,6 +217,7 @@ __device__ __forceinline__ void embedding_backward(
             if (is_whole) add_to_gradient<VECTOR>(row + at, width - at, before[p], sums[p]);
             else store_floats(partial + uint64_t(target & ~PARTIAL) * width + at, width - at, sums[p]);
         }
+        position = next_position;
     }
 }
 

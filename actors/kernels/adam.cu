@@ -250,6 +250,7 @@ constexpr int ROW_THREADS = ROW_LANES / LANES;
 constexpr int ROW_BLOCK = 128;
 constexpr int ROWS_A_BLOCK = ROW_BLOCK / ROW_THREADS;
 constexpr int ROW_RESIDENT = 4;      // blocks a multiprocessor
+constexpr int NARROW_RESIDENT = 6;   // of numbers of 16 bits, which are under way to shared memory instead of registers
 constexpr int BYTES_IN_FLIGHT = 128; // of one thread that loads to registers
 
 // A quad as it was loaded: bf16 stays packed in two words until it is used.
@@ -369,7 +370,7 @@ __device__ __forceinline__ uint64_t add_staged(
 
 template <bool STAGED, bool VECTOR, typename T>
 __device__ __forceinline__ void row_sums(const T* gradient, double* sums, uint64_t rows, uint64_t columns) {
-    constexpr int UNROLL = BYTES_IN_FLIGHT / sizeof(Quad<T>);
+    constexpr int UNROLL = BYTES_IN_FLIGHT / (sizeof(T) < sizeof(float) ? 2 : 1) / sizeof(Quad<T>);
     constexpr unsigned ALL = 0xffffffffu;
     const int part = threadIdx.x % ROW_THREADS;
     const uint64_t blocks = columns / ROW_LANES;
@@ -445,12 +446,12 @@ extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
     row_sums_any(gradient, sums, rows, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, NARROW_RESIDENT)
     row_sums_bf16(const uint16_t* gradient, double* sums, uint64_t rows, uint64_t columns) {
     row_sums_any(gradient, sums, rows, columns);
 }
 
-extern "C" __global__ void __launch_bounds__(ROW_BLOCK, ROW_RESIDENT)
+extern "C" __global__ void __launch_bounds__(ROW_BLOCK, NARROW_RESIDENT)
     row_sums_fp16(const __half* gradient, double* sums, uint64_t rows, uint64_t columns) {
     row_sums_any(gradient, sums, rows, columns);
 }

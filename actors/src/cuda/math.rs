@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
 
 use super::context::{Gpu, device_error, sleep_until_done};
 use super::launch::{Arg, Grid};
@@ -65,6 +65,11 @@ impl ChunkMath {
         let stream = gpu.context().new_stream().map_err(|error| device_error("make a stream", error))?;
         let context = Arc::clone(gpu.context());
         Ok(ChunkMath { gpu, stream, sums: Mutex::new(Sums { context, address: 0, capacity: 0 }) })
+    }
+
+    /// What is queued from now on runs after `event`.
+    pub fn after(&self, event: &CudaEvent) -> Result<(), MemoryError> {
+        self.stream.wait(event).map_err(|error| device_error("order two streams", error))
     }
 }
 

@@ -1,5 +1,6 @@
 //! `bench kernels`: time of each kernel at the sizes of a training, beside its floor. The floor is the bytes a kernel must
 //! move over the rate of a large copy, or its operations over the rate of a large product, both measured in the same run.
+//! Beside it stands a copy that moves as many bytes as the kernel, with what starting it costs.
 
 #[cfg(feature = "cuda")]
 mod cases;
@@ -43,10 +44,13 @@ pub fn table(rows: &[Value]) -> Vec<String> {
             None => format!("{:.0} GB/s", number("gbps")),
         };
         let (ms, floor) = (number("s") * 1e3, number("floor_s") * 1e3);
+        let of_copy = row["of_copy"]
+            .as_f64()
+            .map_or(String::new(), |ratio| format!("  {ratio:.2} of the speed of a copy as large"));
         let of_sdpa =
             row["of_sdpa"].as_f64().map_or(String::new(), |ratio| format!("  {ratio:.2} times PyTorch's speed"));
         let (name, shape, ratio) = (text("name"), text("shape"), number("ratio"));
-        format!("{name:28} {shape:>24} {ms:>10.4} {floor:>10.4} {ratio:>6.3}  {rate}{of_sdpa}")
+        format!("{name:28} {shape:>24} {ms:>10.4} {floor:>10.4} {ratio:>6.3}  {rate}{of_copy}{of_sdpa}")
     };
     std::iter::once(header).chain(rows.iter().map(line)).collect()
 }
@@ -72,6 +76,9 @@ mod tests {
         assert!(lines[2].ends_with("700 TFLOP/s"), "{lines:?}");
         let attention = json!({"name": "attention_forward", "shape": "1 x 1 x 1 x 64", "s": 1e-3, "floor_s": 5e-4, "ratio": 0.5,
             "tflops": 300.0, "sdpa_s": 2e-3, "of_sdpa": 2.0});
+        let small = json!({"name": "sum", "shape": "1 x 8", "s": 2e-6, "floor_s": 1e-7, "ratio": 0.05, "gbps": 1.0,
+            "copy_s": 1.8e-6, "of_copy": 0.9});
+        assert!(table(&[small])[1].ends_with("1 GB/s  0.90 of the speed of a copy as large"));
         assert!(table(&[attention])[1].ends_with("300 TFLOP/s  2.00 times PyTorch's speed"));
     }
 

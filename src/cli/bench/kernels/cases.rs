@@ -63,7 +63,6 @@ pub fn measure() -> Result<Vec<Value>, Error> {
     })?;
     let mut report = Report::new(ops)?;
     for hidden in [HIDDEN, LARGE_HIDDEN] {
-        report.copy_of(hidden)?;
         report.norms_and_sums(hidden)?;
         report.embeddings(hidden)?;
     }
@@ -109,27 +108,34 @@ impl Report {
         let operations = 2.0 * (SQUARE as f64).powi(3);
         report.operations_per_s = operations / seconds_of_product;
         let card = report.clock.ops.gpu().context().name().unwrap_or_default();
-        report.add("device_copy", "2 GiB".into(), seconds, Need::Bytes(bytes));
+        report.add("device_copy", "2 GiB".into(), seconds, Need::Bytes(bytes))?;
         report.add(
             "large_product",
             format!("{SQUARE} x {SQUARE} x {SQUARE}"),
             seconds_of_product,
             Need::Operations(operations),
-        );
+        )?;
         for row in &mut report.rows {
             row["card"] = card.clone().into();
         }
         Ok(report)
     }
 
-    fn add(&mut self, name: &str, shape: String, seconds: f64, need: Need) {
+    fn add(&mut self, name: &str, shape: String, seconds: f64, need: Need) -> Result<(), Error> {
         let (floor, bound, key, rate) = match need {
             Need::Bytes(bytes) => (bytes / self.bytes_per_s, "memory", "gbps", bytes / seconds / 1e9),
             Need::Operations(count) => (count / self.operations_per_s, "compute", "tflops", count / seconds / 1e12),
         };
         let mut row = json!({"name": name, "shape": shape, "s": seconds, "floor_s": floor, "ratio": floor / seconds, "bound": bound});
         row[key] = rate.into();
+        if let Need::Bytes(bytes) = need {
+            // Starting a kernel and filling the GPU costs a copy as much, and the large one does not show it.
+            let copy = self.clock.moved(bytes)?;
+            row["copy_s"] = copy.into();
+            row["of_copy"] = (copy / seconds).into();
+        }
         self.rows.push(row);
+        Ok(())
     }
 
     /// Times `work`, which queues kernels and does not wait.
@@ -141,8 +147,7 @@ impl Report {
         work: impl Fn(&CudaOps) -> candle_core::Result<()>,
     ) -> Result<(), Error> {
         let seconds = self.clock.around(|| work(&self.clock.ops))?;
-        self.add(name, shape, seconds, need);
-        Ok(())
+        self.add(name, shape, seconds, need)
     }
 
     /// Times the kernels of `class` in `work`.
@@ -154,8 +159,7 @@ impl Report {
         work: impl Fn(&CudaOps) -> candle_core::Result<()>,
     ) -> Result<(), Error> {
         let seconds = self.clock.class(class, || work(&self.clock.ops))?;
-        self.add(name, shape, seconds, need);
-        Ok(())
+        self.add(name, shape, seconds, need)
     }
 
     fn random(&self, shape: &[usize]) -> Result<Tensor, Error> {
@@ -182,14 +186,6 @@ impl Report {
         // SAFETY: the tensors live as long as the parameter, and nobody else has them.
         unsafe { param.bind(tiles.collect()) };
         Ok(Weight { param, _memory: vec![weight, gradient] })
-    }
-
-    /// A copy of as much as the kernels of that width read and write: what their launch leaves of the large copy's rate.
-    fn copy_of(&mut self, hidden: usize) -> Result<(), Error> {
-        let bytes = (TOKENS * hidden) as f64 * B;
-        let seconds = self.clock.copied(bytes as usize)?;
-        self.add("device_copy", format!("{TOKENS} x {hidden}"), seconds, Need::Bytes(2.0 * bytes));
-        Ok(())
     }
 
     fn norms_and_sums(&mut self, hidden: usize) -> Result<(), Error> {
@@ -347,21 +343,21 @@ impl Report {
             self.clock.ops.device().synchronize()?;
             let seconds = self.clock.class("adam", || {
                 // The other stream must not copy at the same time.
-                self.clock.ops.device().synchronize()?;
+                math.after(&self.clock.event()?).map_err(of_chunks)?;
                 // SAFETY: tensors of that many elements, which outlive the call; it is waited for.
                 unsafe { math.step(precision, &scalars, true, states, PARAMETERS) }
                     .and_then(|()| math.finish())
                     .map_err(of_chunks)
             })?;
-            self.add(names[0], format!("{PARAMETERS}"), seconds, Need::Bytes(step_bytes * PARAMETERS as f64));
+            self.add(names[0], format!("{PARAMETERS}"), seconds, Need::Bytes(step_bytes * PARAMETERS as f64))?;
             let seconds = self.clock.class("adam", || {
-                self.clock.ops.device().synchronize()?;
+                math.after(&self.clock.event()?).map_err(of_chunks)?;
                 let gradient = Rows { gradient: states.gradient, rows, columns };
                 // SAFETY: as above.
                 unsafe { math.row_sums(precision, &[gradient]) }.map(drop).map_err(of_chunks)
             })?;
             let bytes = (rows * columns) as f64 * if half { 2.0 } else { 4.0 };
-            self.add(names[1], format!("{rows} x {columns}"), seconds, Need::Bytes(bytes));
+            self.add(names[1], format!("{rows} x {columns}"), seconds, Need::Bytes(bytes))?;
         }
         Ok(())
     }

@@ -22,6 +22,8 @@ const COPIED: usize = 2 << 30;
 /// with other data, as the kernels between two uses do in a training. A scan after it leaves nothing in the cache that is
 /// still to be written: a kernel answers for its own bytes.
 const AHEAD: usize = 512 << 20;
+/// No GPU copies that much faster than this.
+const LEAST_AHEAD_S: f64 = 2.0 * AHEAD as f64 / 8e12;
 /// For how long products run: a card is faster in its first moments than it stays.
 const SUSTAINED_S: f64 = 1.2;
 
@@ -56,13 +58,16 @@ impl Clock {
         self.scan = Some(scan);
     }
 
-    /// Leaves the cache without anything of the next kernel and without anything to write.
-    fn clear_cache(&self) -> Result<(), Error> {
-        self.copy(AHEAD)?;
+    /// Leaves the cache without anything of the next kernel and without anything to write. Keeps the GPU busy for `seconds`
+    /// at least.
+    fn clear_cache(&self, seconds: f64) -> Result<(), Error> {
+        let copies = 1 + (seconds / LEAST_AHEAD_S).ceil() as usize;
+        (0..copies).try_for_each(|_| self.copy(AHEAD))?;
         Ok(self.scan.as_ref().map_or(Ok(()), |scan| scan(&self.ops))?)
     }
 
-    fn event(&self) -> Result<CudaEvent, Error> {
+    /// The end of what is queued on the stream.
+    pub fn event(&self) -> Result<CudaEvent, Error> {
         self.ops.stream().record_event(Some(CU_EVENT_DEFAULT)).map_err(failed)
     }
 
@@ -82,7 +87,7 @@ impl Clock {
         (0..WARM_UP).try_for_each(|_| work())?;
         let mut spans = Vec::with_capacity(CALLS);
         for _ in 0..CALLS {
-            self.clear_cache()?;
+            self.clear_cache(0.0)?;
             let start = self.event()?;
             work()?;
             spans.push((start, self.event()?));
@@ -94,7 +99,8 @@ impl Clock {
         Ok(median(spans.into_iter().map(seconds).collect::<Result<_, _>>()?))
     }
 
-    /// Seconds of the kernels of `class` in a call of `work`, which may do other things beside and wait.
+    /// Seconds of the kernels of `class` in a call of `work`, which may do other things beside. The GPU is busy until all of
+    /// them are queued: it would wait for each to be launched otherwise, and that is not a kernel's time.
     pub fn class<E: Into<Error>>(
         &self,
         class: &'static str,
@@ -103,9 +109,16 @@ impl Clock {
         let profile = self.ops.gpu().profile();
         let timing = |error| Error::from(patrickstar_actors::error::RuntimeError::from(error));
         let mut seconds = Vec::with_capacity(CALLS);
-        for call in 0..WARM_UP + CALLS {
+        let mut host_s = 0.0;
+        for _ in 0..WARM_UP {
             self.ops.stream().synchronize().map_err(failed)?;
-            self.clear_cache()?;
+            let began = Instant::now();
+            work().map_err(Into::into)?;
+            host_s = began.elapsed().as_secs_f64();
+        }
+        for _ in 0..CALLS {
+            self.ops.stream().synchronize().map_err(failed)?;
+            self.clear_cache(host_s)?;
             profile.set_enabled(true);
             let worked = work().map_err(Into::into);
             profile.set_enabled(false);
@@ -114,21 +127,22 @@ impl Clock {
             let Some(time) = times.get(class) else {
                 return Err(Error::Failed(format!("no kernel of class {class} ran; please report this")));
             };
-            if call >= WARM_UP {
-                seconds.push(time.time.as_secs_f64());
-            }
+            seconds.push(time.time.as_secs_f64());
         }
         Ok(median(seconds))
     }
 
     /// Seconds of a large copy, and the bytes that it reads and writes.
     pub fn large_copy(&self) -> Result<(f64, f64), Error> {
-        Ok((self.copied(COPIED)?, 2.0 * COPIED as f64))
+        let bytes = 2.0 * COPIED as f64;
+        Ok((self.moved(bytes)?, bytes))
     }
 
-    /// Seconds of a copy of so many bytes, at most as many as a large copy has.
-    pub fn copied(&self, bytes: usize) -> Result<f64, Error> {
-        self.timed(|| self.copy(bytes.min(COPIED)))
+    /// Seconds of a copy that reads and writes so many bytes together; beyond the largest at its rate.
+    pub fn moved(&self, bytes: f64) -> Result<f64, Error> {
+        let copied = ((bytes / 2.0) as usize).clamp(1, COPIED);
+        let seconds = self.timed(|| self.copy(copied))?;
+        Ok(seconds * (bytes / 2.0 / copied as f64).max(1.0))
     }
 
     /// Seconds of a call of `product`, over more than a second without a break.

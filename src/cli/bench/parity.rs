@@ -277,7 +277,9 @@ pub fn run() -> Result<(Value, bool), Error> {
                 for variant in variants {
                     let name = &variant.name;
                     let what = format!("{precision:?}, clip {clip_norm}, {micro_batches} micro-batches, {name}");
+                    let started = Instant::now();
                     let outcome = train(&variant).map_err(|error| Error::Failed(format!("{what}: {error}")))?;
+                    tracing::info!(seconds = started.elapsed().as_secs_f32(), "{what}");
                     runs += 1;
                     worst = worst.max(distance(&outcome, &reference));
                     if outcome != reference {

@@ -19,6 +19,7 @@ use crate::train::{Batch, Engine, device};
 const QUICKSTART: &str = include_str!("../../../config/quickstart.toml");
 
 pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec<String>) -> Result<Value, Error> {
+    let started = Instant::now();
     let mut first = Vec::new();
     match &shape {
         Some(name) => {
@@ -47,6 +48,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
     let (model, blocks) = build(&mut config, &Tokenizer::Bytes)?;
     let train = config.train.clone();
     let mut engine = Engine::new(config, blocks)?;
+    let ready = started.elapsed();
     let tokens = train.batch * train.seq_len;
     let data: Vec<u32> = (0..=tokens as u64)
         .map(|i| ((rng::uniform(train.seed, i) * model.vocab as f64) as u32).min(model.vocab as u32 - 1))
@@ -59,6 +61,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
     };
     let batch = to_batch(&data, train.micro_batches)?;
     let mut loss = vec![engine.step(&batch)?.loss];
+    let first_step = started.elapsed();
     let before = engine.runtime().stats();
     let (mut seconds, mut host) = (Vec::new(), 0.0);
     for _ in 0..steps {
@@ -86,6 +89,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "params_b": engine.plan().parameters as f64 / 1e9,
         "step_s": seconds,
         "median_s": median,
+        "ready_s": ready.as_secs_f64(),
+        "first_step_done_s": first_step.as_secs_f64(),
         "tflops": model_flops(&model, tokens as u64, train.seq_len as u64) / median / 1e12,
         "tok_s": tokens as f64 / median,
         "gpu_peak_gb": engine.runtime().device_peak().0 as f64 / 1e9,

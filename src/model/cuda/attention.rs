@@ -298,8 +298,8 @@ impl CudaOps {
         self.launch(&self.attention_f32, names[2], self.grid_f32(call, call.kv_heads, shared), &args)
     }
 
-    /// The counters by which blocks draw their tiles: zero before and after every launch on the stream.
-    fn schedule(&self) -> Result<[Arg; 1]> {
+    /// The counters by which blocks draw their work: zero before and after every launch on the stream.
+    pub(super) fn schedule(&self) -> Result<[Arg; 1]> {
         Ok([self.pointer(&self.counters)?])
     }
 

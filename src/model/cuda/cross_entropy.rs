@@ -63,6 +63,7 @@ impl CudaOps {
                 continue;
             };
             args.push(Arg::I32(slots as i32));
+            args.extend(self.schedule()?);
             // A block goes from row to row, and nothing else fits beside it.
             let blocks = (tokens as u64).min(self.multiprocessors.into());
             let grid = Grid { shared: slots * SLOT_BYTES, ..Grid::linear(blocks, THREADS) };

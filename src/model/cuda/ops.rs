@@ -56,7 +56,7 @@ pub struct CudaOps {
     buffers: Mutex<Buffers>,
     /// What one operation's kernels hand to each other; the next operation on the stream may write over it.
     scratch: Mutex<Option<Tensor>>,
-    /// Two counters of the attention kernels.
+    /// Two counters by which blocks share out work.
     pub(super) counters: Tensor,
     /// A zero for each tile of columns, before and after every launch on the stream.
     pub(super) column_counters: Tensor,

@@ -157,7 +157,7 @@ __device__ __forceinline__ void kv_copy_loop(const KvLayout<WIDTH>& shared,
     barrier_arrive(shared.tile_full(b));
     if (drawn >= list.total) break;
     const KvWork<WIDTH> work(args, list, drawn);
-    drawn = draw_tile(args.schedule);  // arrives while this tile is copied
+    drawn = draw_piece(args.schedule);  // arrives while this tile is copied
     barrier_expect(shared.kv_full(b), 2 * COPIED_BYTES<L::KEYS, WIDTH>);
     copy_tile<L::KEYS, WIDTH>(shared.k(b), maps.k, shared.kv_full(b), work.key, work.head,
                               work.batch);

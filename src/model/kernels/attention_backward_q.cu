@@ -157,7 +157,7 @@ __device__ __forceinline__ void q_copy_loop(const QLayout<WIDTH>& shared,
     barrier_arrive(shared.tile_full());
     if (drawn >= list.total) break;
     const QueryTile<QUERIES, L::KEYS> work(args, list, drawn);
-    drawn = draw_tile(args.schedule);  // arrives while this tile is copied
+    drawn = draw_piece(args.schedule);  // arrives while this tile is copied
     const int kv_head = work.head / group;
     barrier_expect(shared.q_full(), 2 * COPIED_BYTES<QUERIES, WIDTH>);
     copy_tile<QUERIES, WIDTH>(shared.q(), maps.q, shared.q_full(), work.row, work.head,

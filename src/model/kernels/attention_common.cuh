@@ -6,6 +6,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "schedule.cuh"
+
 namespace attention {
 
 // One warpgroup copies, the others compute 64 rows each.
@@ -69,22 +71,9 @@ struct Mask {
 // Tile order. Heads are taken in sections whose re-read operands fit in the L2 cache; within
 // a section the tiles with most work come first. Which block takes a tile does not matter for
 // the result, so blocks help themselves: the first tile of a block is its index, the copying
-// thread draws further ones from a counter.
+// thread draws further ones.
 // ---------------------------------------------------------------------------------------
 constexpr int64_t SECTION_BYTES = 20 << 20;
-
-// `schedule` is int[2], zero before the first launch; a launch leaves it zero again.
-__device__ __forceinline__ int draw_tile(int* schedule) {
-  return gridDim.x + atomicAdd(schedule, 1);
-}
-
-// The last block to draw in vain resets the counter; the count of blocks wraps to 0 itself.
-__device__ __forceinline__ void leave_schedule(int* schedule) {
-  __threadfence();
-  const unsigned last = gridDim.x - 1;
-  if (atomicInc(reinterpret_cast<unsigned*>(schedule) + 1, last) == last)
-    atomicExch(schedule, 0);
-}
 
 struct TileList {
   int heads;     // batch * heads

@@ -165,7 +165,7 @@ __device__ __forceinline__ void copy_loop(const Layout<WIDTH>& shared,
     barrier_arrive(shared.tile_full(b));
     if (drawn >= list.total) break;
     const QueryTile<QUERIES, KEYS> work(args, list, drawn);
-    drawn = draw_tile(args.schedule);  // arrives while this tile is copied
+    drawn = draw_piece(args.schedule);  // arrives while this tile is copied
     const int kv_head = work.head / group;
     barrier_expect(shared.q_full(b), COPIED_BYTES<QUERIES, WIDTH>);
     copy_tile<QUERIES, WIDTH>(shared.q(b), maps.q, shared.q_full(b), work.row, work.head,

@@ -2,7 +2,7 @@
 //
 // kernel                             arguments                                                                grid     block
 // cross_entropy_T (f32, bf16, f16)   float* logits, uint64_t ld, const int* targets, float* loss,             any [1]  1024
-//                                    uint64_t rows, int vocab, float scale, int slots
+//                                    uint64_t rows, int vocab, float scale, int slots, int* schedule
 // cross_entropy_loss_f32             const float* logits, uint64_t ld, const int* targets, float* loss,       any [2]  1024
 //                                    uint64_t rows, int vocab, float scale
 // sum_loss_f32                       const float* loss, uint64_t n, float* out, float scale                   1        1024
@@ -18,6 +18,7 @@
 // sum_loss_f32 writes the sum, taken in double, times `scale`.
 
 #include "common.cuh"
+#include "schedule.cuh"
 
 constexpr int ROW_BLOCK = 1024;
 constexpr int ROW_WARPS = ROW_BLOCK / WARP;
@@ -239,8 +240,8 @@ struct NoGradient {};
 // barriers. Of a row with more quads the rest is read twice. Sums have the order of cross_entropy, whatever the slots.
 template <int SLOTS, bool VECTOR, typename T>
 __device__ __forceinline__ void cross_entropy_staged(
-    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, float4* slots,
-    float2* shared
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, int* schedule,
+    float4* slots, float2* shared
 ) {
     constexpr int STEP = ROW_BLOCK * QUAD;
     const int quads = (vocab + STEP - 1) / STEP, staged = min(quads, SLOTS);
@@ -264,16 +265,22 @@ __device__ __forceinline__ void cross_entropy_staged(
         }
         end_copies();
     };
-    int target = blockIdx.x < rows ? targets[blockIdx.x] : -1;
+    // Multiprocessors are not equally far from memory: a block takes its next row while it waits for this one.
+    __shared__ uint64_t next_row_shared;
+    __shared__ int next_target_shared;
+    uint64_t r = blockIdx.x;
+    int target = r < rows ? targets[r] : -1;
 #pragma unroll
-    for (int q = 0; q < SLOTS; q++) fetch(logits + blockIdx.x * ld, q, counts(target));
-    for (uint64_t r = blockIdx.x; r < rows; r += gridDim.x) {
+    for (int q = 0; q < SLOTS; q++) fetch(logits + r * ld, q, counts(target));
+    while (r < rows) {
         float* row = logits + r * ld;
         T* gradient = reinterpret_cast<T*>(row);
-        const uint64_t next = r + gridDim.x;
-        const int next_target = next < rows ? targets[next] : -1;
-        const bool is_counted = counts(target), is_next_counted = counts(next_target);
-        const float* next_row = logits + next * ld;
+        if (threadIdx.x == 0) {
+            const uint64_t next = draw_piece(schedule);
+            next_row_shared = next;
+            next_target_shared = next < rows ? targets[next] : -1;
+        }
+        const bool is_counted = counts(target);
         const float target_logit = is_counted ? row[target] : 0.0f;
         Partition part;
         auto add_pair = [&](auto first) {
@@ -308,6 +315,10 @@ __device__ __forceinline__ void cross_entropy_staged(
         // All threads have now read what they keep; gradients lie over that, or over logits before the ones that are
         // read again, and there all have read a tile before anyone goes on to the next.
         part = merge_row<ROW_BLOCK>(part, shared);
+        const uint64_t next = next_row_shared;
+        const int next_target = next_target_shared;
+        const bool is_next_counted = counts(next_target);
+        const float* next_row = logits + next * ld;
         if (threadIdx.x == 0) loss[r] = is_counted ? (part.highest - target_logit + logf(part.sum)) * scale : 0.0f;
         const float factor = scale / part.sum;
         auto write = [&](Quad quad, int q) {
@@ -326,11 +337,13 @@ __device__ __forceinline__ void cross_entropy_staged(
             if (sizeof(T) < sizeof(float)) __syncthreads();
             write(quad, q);
         }
-        // The next row uses `shared` again.
+        // The next row uses shared memory again.
         __syncthreads();
+        r = next;
         target = next_target;
     }
     wait_for_copies<0>();
+    if (threadIdx.x == 0) leave_schedule(schedule);
 }
 
 template <typename T>
@@ -350,7 +363,8 @@ __device__ __forceinline__ void cross_entropy_any(
 
 template <typename T>
 __device__ __forceinline__ void cross_entropy_gradient(
-    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, int slots
+    float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, int slots,
+    int* schedule
 ) {
     extern __shared__ float4 dynamic_shared[];
     __shared__ float2 shared[ROW_WARPS];
@@ -363,7 +377,7 @@ __device__ __forceinline__ void cross_entropy_gradient(
         by_alignment(vector, [&](auto v) {
             auto work = [&](auto slot_count) {
                 cross_entropy_staged<decltype(slot_count)::value, VECTOR_OF(v), T>(
-                    logits, ld, targets, loss, rows, vocab, scale, dynamic_shared, shared
+                    logits, ld, targets, loss, rows, vocab, scale, schedule, dynamic_shared, shared
                 );
             };
             if (slots >= MOST_SLOTS) work(Constant<MOST_SLOTS>());
@@ -374,9 +388,9 @@ __device__ __forceinline__ void cross_entropy_gradient(
 #define CROSS_ENTROPY_KERNEL(T)                                                                             \
     extern "C" __global__ void __launch_bounds__(ROW_BLOCK, 1) cross_entropy_##T(                           \
         float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, \
-        int slots                                                                                           \
+        int slots, int* schedule                                                                            \
     ) {                                                                                                     \
-        cross_entropy_gradient<T>(logits, ld, targets, loss, rows, vocab, scale, slots);                    \
+        cross_entropy_gradient<T>(logits, ld, targets, loss, rows, vocab, scale, slots, schedule);          \
     }
 
 FOR_EACH_TYPE(CROSS_ENTROPY_KERNEL)

@@ -19,7 +19,7 @@ const STEPPED_BY_CORE: f64 = 3.8e8;
 /// Parameters whose update is timed where the host's memory is at hand, more than a cache holds, and what is
 /// left of that rate while a GPU is fed, the bytes of its copies not counted.
 const TIMED: usize = 16 << 20;
-const REPEATS: usize = 3;
+const REPEATS: usize = 20;
 const BESIDE_A_GPU: f64 = 0.85;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);

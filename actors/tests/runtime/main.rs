@@ -9,8 +9,8 @@ use patrickstar_actors::chunk::Layout;
 use patrickstar_actors::health::ActorName;
 use patrickstar_actors::runtime::StepStart;
 use patrickstar_actors::schedule::Policy;
-use patrickstar_actors::stats::Direction;
-use patrickstar_actors::types::{Bytes, ChunkId, Kind, Precision, Step, Tier};
+use patrickstar_actors::stats::{Direction, StallCause};
+use patrickstar_actors::types::{Bytes, ChunkId, GroupId, Kind, Precision, Step, Tier};
 use patrickstar_actors::{Access, Retune};
 
 use model::{BLOCKS, CHUNK, Case, DEVICE, HOST, Model, chunks, specs, train};
@@ -121,9 +121,6 @@ fn a_step_whose_gradients_overflow_updates_nothing_and_the_next_one_goes_on() {
 
 #[test]
 fn a_step_that_waits_for_a_checkpoint_says_so() {
-    use patrickstar_actors::stats::StallCause;
-    use patrickstar_actors::types::GroupId;
-
     let mut model = Model::new(&Case::resident(Precision::Bf16, 0.0)).unwrap();
     model.step(1).unwrap();
     model.runtime.drain().unwrap();

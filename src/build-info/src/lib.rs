@@ -23,7 +23,8 @@ mod tests {
             let output = Command::new("git").args(arguments).output().ok().filter(|output| output.status.success());
             output.map(|output| String::from_utf8(output.stdout).unwrap().trim().to_owned())
         };
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().canonicalize().unwrap();
+        let package = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let root = package.ancestors().nth(2).unwrap().canonicalize().unwrap();
         let own = git(&["rev-parse", "--show-toplevel"]).is_some_and(|top| std::path::Path::new(&top) == root);
         let commit = if own { git(&["rev-parse", "HEAD"]) } else { None };
         assert_eq!(REVISION, commit.as_deref().unwrap_or("unknown"));

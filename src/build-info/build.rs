@@ -18,7 +18,7 @@ fn main() {
 
 /// The commit that is checked out, if this is the repository's own tree and not an archive unpacked inside of another's.
 fn revision() -> Option<String> {
-    let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR")?).parent()?.canonicalize().ok()?;
+    let root = Path::new(&env::var_os("CARGO_MANIFEST_DIR")?).ancestors().nth(2)?.canonicalize().ok()?;
     let top = PathBuf::from(git(&root, &["rev-parse", "--show-toplevel"])?).canonicalize().ok()?;
     if top != root {
         return None;

@@ -200,15 +200,6 @@ template <int BYTES> __device__ __forceinline__ void copy_async(void* shared, co
     else asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(target), "l"(global), "n"(BYTES) : "memory");
 }
 
-// The same for 16 bytes that are read once; see load_once.
-__device__ __forceinline__ void copy_once(void* shared, const void* global) {
-    const uint32_t target = uint32_t(__cvta_generic_to_shared(shared));
-    uint64_t policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "l"(policy)
-                 : "memory");
-}
-
 // Ends a group of copies; groups may be empty.
 __device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -237,7 +237,8 @@ struct NoGradient {};
 // to the second. A slot takes the next row's quad as soon as this row's gradient has left it, so that memory stays busy
 // though one row fills most of a multiprocessor. (Quads kept in registers would free their slots earlier: measured, more
 // copies under way while a row is still awaited make it slower.) A thread copies what it alone reads, so slots need no
-// barriers. Of a row with more quads the rest is read twice. Sums have the order of cross_entropy, whatever the slots.
+// barriers. (As what leaves the cache first, which it could be, it arrives more slowly: measured.) Of a row with more quads
+// the rest is read twice. Sums have the order of cross_entropy, whatever the slots.
 template <int SLOTS, bool VECTOR, typename T>
 __device__ __forceinline__ void cross_entropy_staged(
     float* logits, uint64_t ld, const int* targets, float* loss, uint64_t rows, int vocab, float scale, int* schedule,
@@ -257,7 +258,7 @@ __device__ __forceinline__ void cross_entropy_staged(
         const int index = q * STEP + mine;
         if (is_wanted && q < staged) {
             if (VECTOR && index + QUAD <= vocab) {
-                copy_once(&slot(q), row + index);
+                copy_async<PACK_BYTES>(&slot(q), row + index);
             } else {
                 const Quad quad = load_quad<false>(row, index, vocab);
                 slot(q) = make_float4(quad.value[0], quad.value[1], quad.value[2], quad.value[3]);

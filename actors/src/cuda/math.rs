@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaEvent, CudaStream, DriverError, result, sys};
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::context::{Gpu, device_error, sleep_until_done};
 use super::launch::{Arg, Grid};
@@ -60,16 +60,16 @@ impl Drop for Sums {
 }
 
 impl ChunkMath {
-    /// On `gpu`.
+    /// On a stream of its own.
     pub fn new(gpu: Arc<Gpu>) -> Result<Self, MemoryError> {
         let stream = gpu.context().new_stream().map_err(|error| device_error("make a stream", error))?;
-        let context = Arc::clone(gpu.context());
-        Ok(ChunkMath { gpu, stream, sums: Mutex::new(Sums { context, address: 0, capacity: 0 }) })
+        Ok(Self::on(gpu, stream))
     }
 
-    /// What is queued from now on runs after `event`.
-    pub fn after(&self, event: &CudaEvent) -> Result<(), MemoryError> {
-        self.stream.wait(event).map_err(|error| device_error("order two streams", error))
+    /// On `stream` of `gpu`, in the order of what else is queued there.
+    pub fn on(gpu: Arc<Gpu>, stream: Arc<CudaStream>) -> Self {
+        let context = Arc::clone(gpu.context());
+        ChunkMath { gpu, stream, sums: Mutex::new(Sums { context, address: 0, capacity: 0 }) }
     }
 }
 

@@ -20,6 +20,16 @@ const SLOT_BYTES: u32 = 16 << 10;
 /// Shared memory that the kernel needs besides.
 const STATIC_BYTES: u32 = 1 << 10;
 
+/// The first `tokens` rows of logits, padded to a multiple of `ROW_MULTIPLE`, and what belongs to them: targets and losses
+/// from `first` on.
+pub(crate) struct LogitRows<'a> {
+    pub logits: &'a Tensor,
+    pub targets: &'a Tensor,
+    pub losses: &'a Tensor,
+    pub first: usize,
+    pub tokens: usize,
+}
+
 impl CudaOps {
     /// The loss and, with a scale for it, the gradient of `x`; then the gradient of `weight` has been added to as well.
     pub(crate) fn linear_cross_entropy(
@@ -41,33 +51,15 @@ impl CudaOps {
         let stride = vocabulary.next_multiple_of(ROW_MULTIPLE);
         let logits = self.uninitialised((block, stride), DType::F32)?;
         let dx = gradient_scale.map(|_| self.uninitialised(x.shape(), dtype)).transpose()?;
-        let [most, least] = SLOTS;
-        let slots = if most * SLOT_BYTES + STATIC_BYTES <= self.shared_per_block { most } else { least };
         for first in (0..targets.len()).step_by(block) {
             let tokens = block.min(targets.len() - first);
             self.write_logits(x, first, tokens, &panels, weight, &logits)?;
-            let at =
-                |tensor: &Tensor| Ok::<_, candle_core::Error>(Arg::Pointer(self.address(tensor)? + 4 * first as u64));
-            let mut args = vec![
-                self.pointer(&logits)?,
-                Arg::U64(stride as u64),
-                at(&targets_on_device)?,
-                at(&losses)?,
-                Arg::U64(tokens as u64),
-                Arg::I32(vocabulary as i32),
-                Arg::F32(gradient_scale.unwrap_or(scale)),
-            ];
+            let rows = LogitRows { logits: &logits, targets: &targets_on_device, losses: &losses, first, tokens };
             let Some(dx) = &dx else {
-                let grid = Grid::linear(tokens as u64, THREADS);
-                self.launch(&self.cross_entropy, "cross_entropy_loss_f32", grid, &args)?;
+                self.losses_of(&rows, vocabulary, scale)?;
                 continue;
             };
-            args.push(Arg::I32(slots as i32));
-            args.extend(self.schedule()?);
-            // A block goes from row to row, and nothing else fits beside it.
-            let blocks = (tokens as u64).min(self.multiprocessors.into());
-            let grid = Grid { shared: slots * SLOT_BYTES, ..Grid::linear(blocks, THREADS) };
-            self.launch(&self.cross_entropy, kernel!(dtype, "cross_entropy"), grid, &args)?;
+            self.differentiate_logits(&rows, vocabulary, gradient_scale.unwrap_or(scale), dtype)?;
             self.head_gradients(x, first, tokens, &panels, weight, &logits, dx)?;
         }
         let loss = self.uninitialised((), DType::F32)?;
@@ -76,6 +68,45 @@ impl CudaOps {
         let args = [self.pointer(&losses)?, Arg::U64(targets.len() as u64), self.pointer(&loss)?, Arg::F32(rest)];
         self.launch(&self.cross_entropy, "sum_loss_f32", Grid::linear(1, THREADS), &args)?;
         Ok((loss, dx))
+    }
+
+    /// Writes the losses of rows, of `scale`, and puts the gradients in `dtype` where the logits were.
+    pub(crate) fn differentiate_logits(
+        &self,
+        rows: &LogitRows,
+        vocabulary: usize,
+        scale: f32,
+        dtype: DType,
+    ) -> Result<()> {
+        let [most, least] = SLOTS;
+        let slots = if most * SLOT_BYTES + STATIC_BYTES <= self.shared_per_block { most } else { least };
+        let mut args = self.arguments_of(rows, vocabulary, scale)?;
+        args.push(Arg::I32(slots as i32));
+        args.extend(self.schedule()?);
+        // A block goes from row to row, and nothing else fits beside it.
+        let blocks = (rows.tokens as u64).min(self.multiprocessors.into());
+        let grid = Grid { shared: slots * SLOT_BYTES, ..Grid::linear(blocks, THREADS) };
+        self.launch(&self.cross_entropy, kernel!(dtype, "cross_entropy"), grid, &args)
+    }
+
+    fn losses_of(&self, rows: &LogitRows, vocabulary: usize, scale: f32) -> Result<()> {
+        let args = self.arguments_of(rows, vocabulary, scale)?;
+        let grid = Grid::linear(rows.tokens as u64, THREADS);
+        self.launch(&self.cross_entropy, "cross_entropy_loss_f32", grid, &args)
+    }
+
+    fn arguments_of(&self, rows: &LogitRows, vocabulary: usize, scale: f32) -> Result<Vec<Arg>> {
+        let at =
+            |tensor: &Tensor| Ok::<_, candle_core::Error>(Arg::Pointer(self.address(tensor)? + 4 * rows.first as u64));
+        Ok(vec![
+            self.pointer(rows.logits)?,
+            Arg::U64(rows.logits.dim(1)? as u64),
+            at(rows.targets)?,
+            at(rows.losses)?,
+            Arg::U64(rows.tokens as u64),
+            Arg::I32(vocabulary as i32),
+            Arg::F32(scale),
+        ])
     }
 
     fn write_logits(

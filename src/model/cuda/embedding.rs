@@ -1,11 +1,13 @@
 //! Token and position embeddings.
 
+use std::ops::Range;
+
 use candle_core::{DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
 use patrickstar_actors::types::Precision;
 
 use super::ops::{CudaOps, kernel};
-use crate::model::ops::embedding::sorted_positions;
+use crate::model::ops::lookup::ByToken;
 use crate::model::param::{Param, ParamTile};
 
 /// Positions of one token that are summed in one go; see `embedding.cu`.
@@ -42,14 +44,30 @@ struct Segments {
 }
 
 impl Segments {
-    /// Of positions `start..start + length`, all of one token.
-    fn push(&mut self, start: u32, length: usize, row: u32) {
-        let count = length.div_ceil(SEGMENT) as u32;
-        self.starts.extend((start..).step_by(SEGMENT).take(count as usize));
-        if count == 1 {
+    /// Of `tokens` of those that occur, all of a tile whose first row is `row_start`.
+    fn new(by_token: &ByToken, tokens: Range<usize>, row_start: usize) -> Self {
+        let mut segments = Segments {
+            starts: Vec::with_capacity(tokens.len() + 1),
+            targets: Vec::with_capacity(tokens.len()),
+            ..Segments::default()
+        };
+        let end = by_token.range(tokens.end - 1).end;
+        for i in tokens {
+            segments.push(by_token.range(i), (by_token.token(i) - row_start) as u32);
+        }
+        segments.starts.push(end);
+        segments
+    }
+
+    /// The positions of one token, whose row of the tile is `row`.
+    fn push(&mut self, positions: Range<u32>, row: u32) {
+        if positions.len() <= SEGMENT {
+            self.starts.push(positions.start);
             self.targets.push(row);
             return;
         }
+        let count = positions.len().div_ceil(SEGMENT) as u32;
+        self.starts.extend(positions.step_by(SEGMENT));
         self.targets.extend((self.places..self.places + count).map(|place| PARTIAL | place));
         self.long.extend([self.places, count, row]);
         self.places += count;
@@ -78,15 +96,20 @@ impl CudaOps {
         if table.is_in_host_memory() {
             return self.gather(ids, dims, table);
         }
+        self.look_up(&self.upload(ids)?, dims, table)
+    }
+
+    /// The same for ids that are on the device.
+    pub(crate) fn look_up(&self, ids: &Tensor, dims: &[usize], table: &Param) -> Result<Tensor> {
         let (width, dtype) = (table.columns(), dtype_of(table.precision()));
-        let on_device = self.upload(ids)?;
+        let count = ids.elem_count();
         let y = self.uninitialised([dims, &[width]].concat(), dtype)?;
         for tile in self.tiles(table)? {
             let args = [
                 Arg::Pointer(tile.weight as u64),
-                self.pointer(&on_device)?,
+                self.pointer(ids)?,
                 self.pointer(&y)?,
-                Arg::U64(ids.len() as u64),
+                Arg::U64(count as u64),
                 Arg::I32(width as i32),
                 Arg::U64(tile.row_start as u64),
                 Arg::U64(tile.rows as u64),
@@ -95,7 +118,7 @@ impl CudaOps {
             self.launch(
                 &self.embedding,
                 kernel!(dtype, "embedding_forward"),
-                self.at_once(row_grid(ids.len(), width, dtype, 2048)),
+                self.at_once(row_grid(count, width, dtype, 2048)),
                 &args,
             )?;
         }
@@ -103,32 +126,21 @@ impl CudaOps {
     }
 
     /// Adds the rows of `dy` to the gradient of `table`; those of one token in order of position.
-    pub(crate) fn embedding_backward(&self, dy: &Tensor, ids: &[u32], table: &Param) -> Result<()> {
+    pub(crate) fn embedding_backward(&self, dy: &Tensor, by_token: &ByToken, table: &Param) -> Result<()> {
         if table.is_in_host_memory() {
-            return self.add_gathered(dy, ids, table);
+            return self.add_gathered(dy, by_token, table);
         }
         let (width, dtype) = (table.columns(), dy.dtype());
-        let order = sorted_positions(ids);
-        let runs: Vec<&[u32]> = order.chunk_by(|&a, &b| ids[a as usize] == ids[b as usize]).collect();
-        let order_on_device = self.upload(&order)?;
+        let order = self.upload(by_token.order())?;
         let mut first = 0;
-        let mut start = 0u32;
         for tile in self.tiles(table)? {
-            // Runs are sorted by token, so those of a tile are neighbours.
-            let token = |run: &&[u32]| ids[run[0] as usize] as usize;
-            let count = runs[first..].iter().take_while(|run| token(run) < tile.row_start + tile.rows).count();
-            let own = &runs[first..first + count];
-            first += count;
+            // Tokens are sorted, so those of a tile are neighbours.
+            let own = first..first + by_token.count_below(first, tile.row_start + tile.rows);
+            first = own.end;
             if own.is_empty() || tile.gradient.is_null() {
-                start += own.iter().map(|run| run.len() as u32).sum::<u32>();
                 continue;
             }
-            let mut segments = Segments::default();
-            for run in own {
-                segments.push(start, run.len(), (token(run) - tile.row_start) as u32);
-                start += run.len() as u32;
-            }
-            segments.starts.push(start);
+            let segments = Segments::new(by_token, own, tile.row_start);
             let Segments { starts, targets, long, places } = segments;
             let (count, long_count) = (targets.len(), long.len() / 3);
             // One copy brings all three.
@@ -140,7 +152,7 @@ impl CudaOps {
             let (gradient, width_arg) = (Arg::Pointer(tile.gradient as u64), Arg::I32(width as i32));
             let args = [
                 self.pointer(dy)?,
-                self.pointer(&order_on_device)?,
+                self.pointer(&order)?,
                 list(0)?,
                 list(starts.len())?,
                 gradient,

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::embedding::{SEGMENT, dtype_of};
 use super::ops::CudaOps;
-use crate::model::ops::lookup::{self, Runs};
+use crate::model::ops::lookup::{self, ByToken};
 use crate::model::param::{Param, ParamTile};
 
 /// Bytes that are worth a task of their own.
@@ -31,19 +31,22 @@ impl CudaOps {
     }
 
     /// Adds the rows of `dy` to the gradient of `table` in host memory, when the device has computed them.
-    pub(super) fn add_gathered(&self, dy: &Tensor, ids: &[u32], table: &Param) -> Result<()> {
-        let runs = Runs::new(ids, SEGMENT);
+    pub(super) fn add_gathered(&self, dy: &Tensor, by_token: &ByToken, table: &Param) -> Result<()> {
         let (dtype, bytes) = (dy.dtype(), dy.elem_count() * dy.dtype().size_in_bytes());
         // SAFETY: a contiguous tensor of so many bytes.
         unsafe {
             self.fetch(self.address(dy)?, bytes, |bytes| match dtype {
                 DType::BF16 => {
-                    lookup::add_runs(table, &runs, bytemuck::cast_slice(bytes), |value: &bf16| value.to_f32())
+                    lookup::add_by_token(table, by_token, SEGMENT, bytemuck::cast_slice(bytes), |value: &bf16| {
+                        value.to_f32()
+                    })
                 }
-                DType::F16 => lookup::add_runs(table, &runs, bytemuck::cast_slice(bytes), |value: &f16| {
-                    widen_fp16(value.to_bits())
-                }),
-                _ => lookup::add_runs(table, &runs, bytemuck::cast_slice(bytes), |&value: &f32| value),
+                DType::F16 => {
+                    lookup::add_by_token(table, by_token, SEGMENT, bytemuck::cast_slice(bytes), |value: &f16| {
+                        widen_fp16(value.to_bits())
+                    })
+                }
+                _ => lookup::add_by_token(table, by_token, SEGMENT, bytemuck::cast_slice(bytes), |&value: &f32| value),
             })
         }
     }

@@ -18,5 +18,6 @@ mod rope;
 mod staging;
 mod tensor_map;
 
+pub(crate) use cross_entropy::LogitRows;
 pub(crate) use embedding::dtype_of;
 pub use ops::CudaOps;

@@ -1,9 +1,11 @@
 //! Token and position embeddings, with gradients in a fixed order: tokens of one row are summed in order of position.
 
-use std::rc::Rc;
+use std::sync::Arc;
 
 use candle_core::{DType, Result, bail};
 
+use super::later::Later;
+use super::lookup::ByToken;
 use crate::model::param::Param;
 use crate::model::tape::Activation;
 
@@ -13,16 +15,20 @@ pub fn embedding(ids: &Activation, table: &Param) -> Result<Activation> {
     if let Some(id) = values.iter().find(|&&id| id as usize >= table.rows()) {
         bail!("embedding: token {id} is outside of `{}` with {} rows: check the tokenizer", table.name(), table.rows());
     }
-    let (compute, values, table): (_, Rc<[u32]>, _) = (ids.compute().clone(), values.into(), table.clone());
+    let (compute, values, table): (_, Arc<[u32]>, _) = (ids.compute().clone(), values.into(), table.clone());
     let dims = [ids.dims(), &[table.columns()]].concat();
     let forward = {
         // The first of a block's operations: a block that is computed again for its backward does without.
-        let (compute, values, dims, table) = (compute.clone(), Rc::clone(&values), ids.dims().to_vec(), table.clone());
+        let (compute, values, dims, table) = (compute.clone(), Arc::clone(&values), ids.dims().to_vec(), table.clone());
         move || on!(&compute, embedding_forward(&values, &dims, &table))
     };
     let dtype = compute.activation_dtype(table.precision());
-    ids.tape()
-        .record_deferred(dims, dtype, forward, move |dy, _| on!(&compute, embedding_backward(&dy, &values, &table)))
+    // The backward pass needs it at the end: there is time for another thread to work it out.
+    let by_token = ids.tape().is_recording().then(|| Later::new(move || ByToken::new(values)));
+    ids.tape().record_deferred(dims, dtype, forward, move |dy, _| match by_token.and_then(Later::get) {
+        Some(by_token) => on!(&compute, embedding_backward(&dy, &by_token, &table)),
+        None => bail!("embedding: the positions of tokens were not worked out: please report this"),
+    })
 }
 
 /// Adds row `t` of `table` (positions, hidden) to `x[.., t, ..]` (batch, time, hidden).
@@ -45,13 +51,6 @@ pub fn positional_embedding(x: &Activation, table: &Param) -> Result<Activation>
         on!(&compute, positions_backward(&dy, &table))?;
         gradients.pass(into_x, &dy)
     })
-}
-
-/// Positions ordered by their token, those of one token in order.
-pub(crate) fn sorted_positions(ids: &[u32]) -> Vec<u32> {
-    let mut keys: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, position)| u64::from(id) << 32 | position).collect();
-    keys.sort_unstable();
-    keys.into_iter().map(|key| key as u32).collect()
 }
 
 #[cfg(test)]

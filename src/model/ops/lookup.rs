@@ -3,12 +3,14 @@
 
 #![expect(unsafe_code, reason = "takes the only slice of a gradient")]
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use candle_core::Result;
 use half::{bf16, f16};
 use patrickstar_actors::adam::{narrow_fp16, widen_fp16};
 use rayon::prelude::*;
 
-use super::embedding::sorted_positions;
 use crate::model::param::{GradientSlice, Param, WeightSlice};
 
 /// Passes the row of `table` of each of `ids` and its place in `out` to `write`.
@@ -29,38 +31,74 @@ pub(crate) fn gather<O: Send>(
     Ok(())
 }
 
-/// Positions of a batch by their token, and how those of one token are summed.
-pub(crate) struct Runs<'a> {
-    ids: &'a [u32],
+/// The positions of a batch by their token: sorted by it, those of one token in order.
+pub(crate) struct ByToken {
+    ids: Arc<[u32]>,
     order: Vec<u32>,
-    /// So many rows are summed one after another; of more, each so many, and their sums one after another.
-    segment: usize,
+    /// Where each token that occurs begins in `order`, and its end.
+    starts: Vec<u32>,
 }
 
-impl<'a> Runs<'a> {
-    pub fn new(ids: &'a [u32], segment: usize) -> Self {
-        Runs { ids, order: sorted_positions(ids), segment }
+impl ByToken {
+    pub fn new(ids: Arc<[u32]>) -> Self {
+        let mut keys: Vec<u64> = ids.iter().zip(0u64..).map(|(&id, position)| u64::from(id) << 32 | position).collect();
+        keys.sort_unstable();
+        let order: Vec<u32> = keys.into_iter().map(|key| key as u32).collect();
+        let is_first = |i: usize| i == 0 || ids[order[i] as usize] != ids[order[i - 1] as usize];
+        let mut starts: Vec<u32> = (0..order.len()).filter(|&i| is_first(i)).map(|i| i as u32).collect();
+        starts.push(order.len() as u32);
+        ByToken { ids, order, starts }
     }
 
-    fn token(&self, run: &[u32]) -> usize {
-        self.ids[run[0] as usize] as usize
+    /// All positions in this order.
+    #[cfg_attr(not(feature = "cuda"), expect(dead_code, reason = "kernels take them all at once"))]
+    pub fn order(&self) -> &[u32] {
+        &self.order
+    }
+
+    /// Tokens that occur.
+    pub fn count(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    /// The positions of token `i` of these as a range of `order`.
+    pub fn range(&self, i: usize) -> Range<u32> {
+        self.starts[i]..self.starts[i + 1]
+    }
+
+    /// The same, one by one.
+    pub fn positions(&self, i: usize) -> &[u32] {
+        let Range { start, end } = self.range(i);
+        &self.order[start as usize..end as usize]
+    }
+
+    /// The number of token `i` of these.
+    pub fn token(&self, i: usize) -> usize {
+        self.ids[self.order[self.starts[i] as usize] as usize] as usize
+    }
+
+    /// How many of these from `first` on have a number below `end`.
+    pub fn count_below(&self, first: usize, end: usize) -> usize {
+        (first..self.count()).take_while(|&i| self.token(i) < end).count()
     }
 }
 
-/// Adds the rows of `dy` to the gradient of `table`, token by token; nothing in passes without gradients.
-pub(crate) fn add_runs<D: Sync>(
+/// Adds the rows of `dy` to the gradient of `table`, token by token; nothing in passes without gradients. Up to `segment` rows
+/// of a token are summed one after another; of more, each so many, and their sums one after another.
+pub(crate) fn add_by_token<D: Sync>(
     table: &Param,
-    runs: &Runs<'_>,
+    by_token: &ByToken,
+    segment: usize,
     dy: &[D],
     widen: impl Fn(&D) -> f32 + Sync,
 ) -> Result<()> {
-    let all: Vec<&[u32]> = runs.order.chunk_by(|&a, &b| runs.ids[a as usize] == runs.ids[b as usize]).collect();
-    let (mut left, width) = (&all[..], table.columns());
+    let (mut first, width) = (0, table.columns());
     for (index, tile) in table.tiles().iter().enumerate() {
-        let (own, others) = left.split_at(left.partition_point(|run| runs.token(run) < tile.row_start + tile.rows));
-        left = others;
-        let sum = |run: &[u32]| sum_run(run, runs.segment, dy, width, &widen);
-        let rows: Vec<(usize, &[u32])> = own.iter().map(|run| (runs.token(run) - tile.row_start, *run)).collect();
+        let own = first..first + by_token.count_below(first, tile.row_start + tile.rows);
+        first = own.end;
+        let sum = |run: &[u32]| sum_run(run, segment, dy, width, &widen);
+        let rows: Vec<(usize, &[u32])> =
+            own.map(|i| (by_token.token(i) - tile.row_start, by_token.positions(i))).collect();
         // SAFETY: this is the only slice of the tile's gradient: operations run one after another on the compute thread.
         match unsafe { table.gradient(index)? } {
             None => {}
@@ -147,7 +185,7 @@ mod tests {
                 let base = gradients.as_mut_ptr();
                 // SAFETY: the arrays outlive the binding.
                 unsafe { param.bind(vec![tile(0, split, base), tile(split, 8 - split, base)]) };
-                add_runs(&param, &Runs::new(&ids, segment), &dy, |&value| value).unwrap();
+                add_by_token(&param, &ByToken::new(ids.clone().into()), segment, &dy, |&value| value).unwrap();
                 param.release();
                 for (row, column) in (0..8).flat_map(|row| [(row, 0), (row, 1)]) {
                     let used = row == 1 || row == 6;

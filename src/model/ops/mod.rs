@@ -22,6 +22,7 @@ pub(crate) mod cross_entropy;
 mod dropout;
 pub(crate) mod embedding;
 pub(crate) mod gelu;
+mod later;
 mod layer_norm;
 mod linear;
 pub(crate) mod lookup;

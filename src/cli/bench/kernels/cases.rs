@@ -15,7 +15,9 @@ use serde_json::{Value, json};
 use super::clock::Clock;
 use crate::Error;
 use crate::model::block::Context;
-use crate::model::cuda::CudaOps;
+use crate::model::cuda::{CudaOps, LogitRows};
+use crate::model::ops::cross_entropy::tokens_per_block;
+use crate::model::ops::lookup::ByToken;
 use crate::model::ops::{Attention, Gelu};
 use crate::model::param::{Param, ParamTile};
 use crate::model::rng::{self, Mask};
@@ -218,17 +220,16 @@ impl Report {
         let ids: Vec<u32> = (0..TOKENS as u64)
             .map(|i| ((rng::uniform(1, i) * VOCABULARY as f64) as u32).min(VOCABULARY as u32 - 1))
             .collect();
-        let mut distinct = ids.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
+        let by_token = ByToken::new(ids.clone().into());
         let (x, shape) = (self.random(&[BATCH, TIME, hidden])?, || format!("{TOKENS} x {hidden}"));
         let row = hidden as f64 * B;
-        let (all, touched) = (TOKENS as f64 * row, distinct.len() as f64 * row);
-        self.time_class(("embedding_forward", "embedding"), shape(), Need::Bytes(touched + all), |ops| {
-            ops.embedding_forward(&ids, &[BATCH, TIME], &table.param).map(drop)
+        let (all, touched) = (TOKENS as f64 * row, by_token.count() as f64 * row);
+        let on_device = Tensor::new(&ids[..], self.clock.ops.device())?;
+        self.time("embedding_forward", shape(), Need::Bytes(touched + all), |ops| {
+            ops.look_up(&on_device, &[BATCH, TIME], &table.param).map(drop)
         })?;
         self.time_class(("embedding_backward", "embedding"), shape(), Need::Bytes(all + 2.0 * touched), |ops| {
-            ops.embedding_backward(&x, &ids, &table.param)
+            ops.embedding_backward(&x, &by_token, &table.param)
         })?;
         let places = TIME as f64 * row;
         self.time("positions_forward", shape(), Need::Bytes(2.0 * all + places), |ops| {
@@ -274,10 +275,23 @@ impl Report {
         let scale = 1.0 / TOKENS as f32;
         let run = |ops: &CudaOps| ops.linear_cross_entropy(&x, &table.param, &targets, scale, Some(scale)).map(drop);
         let shape = || format!("{TOKENS} x {HIDDEN} x {VOCABULARY}");
-        // Logits are read in fp32; their gradients are written in bf16.
-        let need = Need::Bytes(logits * (4.0 + B));
-        self.time_class(("cross_entropy", "cross_entropy"), format!("{TOKENS} x {VOCABULARY}"), need, run)?;
+        self.cross_entropy(&targets, scale)?;
         self.time("linear_cross_entropy", shape(), Need::Operations(6.0 * logits * HIDDEN as f64), run)
+    }
+
+    /// Of the tokens whose logits exist at once.
+    fn cross_entropy(&mut self, targets: &[i64], scale: f32) -> Result<(), Error> {
+        let tokens = tokens_per_block(TOKENS, VOCABULARY);
+        let device = self.clock.ops.device();
+        let logits = Tensor::randn(0f32, 1f32, (tokens, VOCABULARY), device)?;
+        let targets = Tensor::from_iter(targets[..tokens].iter().map(|&target| target as u32), device)?;
+        let losses = Tensor::zeros(tokens, DType::F32, device)?;
+        let rows = LogitRows { logits: &logits, targets: &targets, losses: &losses, first: 0, tokens };
+        // Logits are read in fp32; their gradients are written in bf16. After the first call logits are what gradients left.
+        let need = Need::Bytes((tokens * VOCABULARY) as f64 * (4.0 + B));
+        self.time("cross_entropy", format!("{tokens} x {VOCABULARY}"), need, |ops| {
+            ops.differentiate_logits(&rows, VOCABULARY, scale, DType::BF16)
+        })
     }
 
     fn attention(&mut self, batch: usize, time: usize, head: usize) -> Result<(), Error> {
@@ -314,7 +328,9 @@ impl Report {
 
     /// The optimizer's step and the sums of rows, which have a stream of their own.
     fn chunk_work(&mut self) -> Result<(), Error> {
-        let math = ChunkMath::new(Arc::clone(self.clock.ops.gpu())).map_err(of_chunks)?;
+        // On the clock's stream: the start of a kernel after another stream's is no part of its time.
+        let ops = &self.clock.ops;
+        let math = ChunkMath::on(Arc::clone(ops.gpu()), Arc::clone(ops.stream()));
         let device = self.clock.ops.device();
         let floats = || Tensor::randn(0f32, 1f32, PARAMETERS, device);
         let (weight, momentum, gradient) = (floats()?, floats()?, floats()?);
@@ -342,8 +358,6 @@ impl Report {
             };
             self.clock.ops.device().synchronize()?;
             let seconds = self.clock.class("adam", || {
-                // The other stream must not copy at the same time.
-                math.after(&self.clock.event()?).map_err(of_chunks)?;
                 // SAFETY: tensors of that many elements, which outlive the call; it is waited for.
                 unsafe { math.step(precision, &scalars, true, states, PARAMETERS) }
                     .and_then(|()| math.finish())
@@ -351,7 +365,6 @@ impl Report {
             })?;
             self.add(names[0], format!("{PARAMETERS}"), seconds, Need::Bytes(step_bytes * PARAMETERS as f64))?;
             let seconds = self.clock.class("adam", || {
-                math.after(&self.clock.event()?).map_err(of_chunks)?;
                 let gradient = Rows { gradient: states.gradient, rows, columns };
                 // SAFETY: as above.
                 unsafe { math.row_sums(precision, &[gradient]) }.map(drop).map_err(of_chunks)

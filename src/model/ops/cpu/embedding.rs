@@ -5,7 +5,7 @@ use patrickstar_actors::adam::widen_fp16;
 use rayon::prelude::*;
 
 use super::access::{accumulate, tensor, wants_gradient, with_slice};
-use crate::model::ops::lookup::{self, Runs};
+use crate::model::ops::lookup::{self, ByToken};
 use crate::model::param::{Param, WeightSlice};
 
 /// Rows of `table`, in fp32.
@@ -25,9 +25,9 @@ pub(crate) fn embedding_forward(ids: &[u32], dims: &[usize], table: &Param) -> R
 }
 
 /// Adds the rows of `dy` to the gradient of `table`; those of one token in order of position.
-pub(crate) fn embedding_backward(dy: &Tensor, ids: &[u32], table: &Param) -> Result<()> {
+pub(crate) fn embedding_backward(dy: &Tensor, by_token: &ByToken, table: &Param) -> Result<()> {
     with_slice("embedding", &dy.contiguous()?, |dy| {
-        lookup::add_runs(table, &Runs::new(ids, usize::MAX), dy, |&value| value)
+        lookup::add_by_token(table, by_token, usize::MAX, dy, |&value| value)
     })
 }
 

@@ -3,11 +3,12 @@
 #![expect(unsafe_code, reason = "calls the driver")]
 
 use std::collections::HashMap;
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::sys::cuFuncGetParamInfo;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, LaunchConfig, PushKernelArg};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
 use cudarc::nvrtc::Ptx;
 
 use super::context::device_error;
@@ -34,9 +35,6 @@ pub enum Arg {
 #[repr(C, align(64))]
 pub struct TensorMap(pub [u64; 16]);
 
-// SAFETY: plain numbers of the size and alignment of the driver's type.
-unsafe impl DeviceRepr for TensorMap {}
-
 /// Blocks, threads a block, and bytes of dynamic shared memory a block.
 #[derive(Clone, Copy, Debug)]
 pub struct Grid {
@@ -54,6 +52,16 @@ impl Arg {
             Arg::Pointer(_) | Arg::U64(_) => 8,
             Arg::I32(_) | Arg::F32(_) => 4,
             Arg::Map(_) => size_of::<TensorMap>(),
+        }
+    }
+
+    /// Where the value lies.
+    fn place(&self) -> *mut c_void {
+        match self {
+            Arg::Pointer(value) | Arg::U64(value) => (&raw const *value).cast_mut().cast(),
+            Arg::I32(value) => (&raw const *value).cast_mut().cast(),
+            Arg::F32(value) => (&raw const *value).cast_mut().cast(),
+            Arg::Map(value) => (&raw const *value).cast_mut().cast(),
         }
     }
 }
@@ -131,23 +139,23 @@ impl Kernels {
                 reason: format!("the kernel takes {parameters:?} bytes, the call gives {args:?}; please report this"),
             });
         }
-        let mut builder = stream.launch_builder(&function);
-        for arg in args {
-            match arg {
-                Arg::Pointer(value) | Arg::U64(value) => builder.arg(value),
-                Arg::I32(value) => builder.arg(value),
-                Arg::F32(value) => builder.arg(value),
-                Arg::Map(value) => builder.arg(value),
-            };
-        }
-        let config = LaunchConfig {
-            grid_dim: (grid.blocks[0], grid.blocks[1], grid.blocks[2]),
-            block_dim: (grid.threads, 1, 1),
-            shared_mem_bytes: grid.shared,
-        };
+        let mut places: Vec<*mut c_void> = args.iter().map(Arg::place).collect();
+        let failed = |error| device_error(name, error);
+        stream.context().bind_to_thread().map_err(failed)?;
+        let [x, y, z] = grid.blocks;
         self.profile.span(self.class, stream, || {
-            // SAFETY: the caller vouches for the arguments.
-            unsafe { builder.launch(config) }.map(drop).map_err(|error| device_error(name, error))
+            // SAFETY: the caller vouches for the arguments, which the driver copies.
+            unsafe {
+                result::launch_kernel(
+                    function.cu_function(),
+                    (x, y, z),
+                    (grid.threads, 1, 1),
+                    grid.shared,
+                    stream.cu_stream(),
+                    &mut places,
+                )
+            }
+            .map_err(failed)
         })
     }
 

@@ -4,8 +4,9 @@
 #![expect(unsafe_code, reason = "calls the driver")]
 
 use std::any::Any;
+use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
@@ -20,12 +21,22 @@ use crate::types::Bytes;
 pub struct CudaBackend {
     gpu: Arc<Gpu>,
     compute: Arc<CudaStream>,
+    events: Arc<Events>,
 }
 
-struct CudaDeviceEvent(CudaEvent);
+/// Events that nobody holds any more, for the next ones: making and destroying one costs more than recording it, and every
+/// lease has two.
+#[derive(Default)]
+struct Events(Mutex<Vec<CudaEvent>>);
+
+struct CudaDeviceEvent {
+    event: ManuallyDrop<CudaEvent>,
+    events: Arc<Events>,
+}
 
 struct CudaCopyStream {
     stream: Arc<CudaStream>,
+    events: Arc<Events>,
 }
 
 /// An arena that the GPU copies from and to without staging.
@@ -37,39 +48,61 @@ struct RegisteredArena {
 impl CudaBackend {
     /// A backend on `gpu`, beside the model on `compute`.
     pub fn new(gpu: Arc<Gpu>, compute: Arc<CudaStream>) -> Self {
-        CudaBackend { gpu, compute }
+        CudaBackend { gpu, compute, events: Arc::default() }
+    }
+}
+
+impl Events {
+    /// The end of what is queued on `stream`.
+    fn record(self: &Arc<Self>, stream: &CudaStream) -> Result<Event, MemoryError> {
+        let failed = |error| device_error("record an event", error);
+        let unused = self.lock().pop();
+        let event = match unused {
+            Some(event) => event,
+            // Whoever waits for it sleeps: cores are for the optimizer.
+            None => {
+                let flags = sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC;
+                stream.context().new_event(Some(flags)).map_err(failed)?
+            }
+        };
+        event.record(stream).map_err(failed)?;
+        Ok(Arc::new(CudaDeviceEvent { event: ManuallyDrop::new(event), events: Arc::clone(self) }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<CudaEvent>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for CudaDeviceEvent {
+    fn drop(&mut self) {
+        // SAFETY: taken here only, once.
+        let event = unsafe { ManuallyDrop::take(&mut self.event) };
+        self.events.lock().push(event);
     }
 }
 
 impl DeviceEvent for CudaDeviceEvent {
     fn is_complete(&self) -> Result<bool, MemoryError> {
-        self.0.try_is_complete().map_err(|error| device_error("ask for the end of its work", error))
+        self.event.try_is_complete().map_err(|error| device_error("ask for the end of its work", error))
     }
 
     fn synchronize(&self) -> Result<(), MemoryError> {
-        self.0.synchronize().map_err(|error| device_error("finish its work", error))
+        self.event.synchronize().map_err(|error| device_error("finish its work", error))
     }
 
     fn elapsed_since(&self, earlier: &Event) -> Result<Option<Duration>, MemoryError> {
         let earlier: &dyn Any = earlier.as_ref();
         let Some(earlier) = earlier.downcast_ref::<CudaDeviceEvent>() else { return Ok(None) };
-        let ms = earlier.0.elapsed_ms(&self.0).map_err(|error| device_error("time its work", error))?;
+        let ms = earlier.event.elapsed_ms(&self.event).map_err(|error| device_error("time its work", error))?;
         Ok(Some(Duration::from_secs_f64(f64::from(ms.max(0.0)) / 1e3)))
     }
-}
-
-fn record(stream: &CudaStream) -> Result<Event, MemoryError> {
-    // Whoever waits for it sleeps: cores are for the optimizer.
-    let event = stream
-        .record_event(Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC))
-        .map_err(|error| device_error("record an event", error))?;
-    Ok(Arc::new(CudaDeviceEvent(event)))
 }
 
 fn wait(stream: &CudaStream, event: &Event) -> Result<(), MemoryError> {
     let event: &dyn Any = event.as_ref();
     match event.downcast_ref::<CudaDeviceEvent>() {
-        Some(event) => stream.wait(&event.0).map_err(|error| device_error("order two streams", error)),
+        Some(event) => stream.wait(&event.event).map_err(|error| device_error("order two streams", error)),
         // Work of the host is done when its event exists.
         None => Ok(()),
     }
@@ -96,7 +129,7 @@ impl Stream for CudaCopyStream {
     }
 
     fn record(&mut self) -> Result<Event, MemoryError> {
-        record(&self.stream)
+        self.events.record(&self.stream)
     }
 
     fn on_complete(&mut self, callback: Box<dyn FnOnce() + Send>) -> Result<(), MemoryError> {
@@ -153,7 +186,7 @@ impl Drop for RegisteredArena {
 impl Backend for CudaBackend {
     fn new_stream(&self, _name: &str) -> Result<Box<dyn Stream>, MemoryError> {
         let stream = self.gpu.context().new_stream().map_err(|error| device_error("make a stream", error))?;
-        Ok(Box::new(CudaCopyStream { stream }))
+        Ok(Box::new(CudaCopyStream { stream, events: Arc::clone(&self.events) }))
     }
 
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError> {
@@ -201,7 +234,7 @@ impl Backend for CudaBackend {
     }
 
     fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
-        record(&self.compute).map(Some)
+        self.events.record(&self.compute).map(Some)
     }
 
     fn hold_compute(&self, event: &Event) -> Result<(), MemoryError> {

@@ -91,10 +91,9 @@ pub struct Memory {
     /// Bytes of a chunk, a multiple of 4096, or "auto" for the one that wastes least.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub chunk: Size,
-    /// Bytes of device memory that activations which are gone may keep for the next ones of their size; 0 gives all of it back to the driver's pool. Saves host work on a GPU.
-    #[serde(deserialize_with = "bytes")]
+    /// Bytes of device memory that activations which are gone may keep for the next ones of their size, which saves host work on a GPU. 0 gives all of it back to the driver's pool; "auto" keeps it where the whole model lives on the device with room to spare.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
-    pub buffers: Bytes,
+    pub buffers: Size,
 }
 
 impl Memory {
@@ -117,7 +116,7 @@ impl Default for Memory {
             disk: Bytes(0),
             disk_path: None,
             chunk: Size::Auto,
-            buffers: Bytes(0),
+            buffers: Size::Auto,
         }
     }
 }

@@ -103,6 +103,9 @@ pub struct Plan {
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
+    /// Device memory that activations which are gone may keep.
+    #[serde(skip)]
+    pub(crate) buffers: Bytes,
     /// Host memory for inputs of blocks, and for rows on their way.
     #[serde(skip)]
     activations_on_host: Bytes,
@@ -185,7 +188,8 @@ impl Plan {
         let non_model = |keeping: Keeping| {
             model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
         };
-        let buffers = if is_cuda(&config.compute) { config.memory.buffers } else { Bytes(0) };
+        let asked_for = config.memory.buffers.bytes().unwrap_or_default();
+        let buffers = if is_cuda(&config.compute) { asked_for } else { Bytes(0) };
         let predicted = |keeping: Keeping| match &model {
             Some(_) => Bytes(reserve(config, non_model(keeping)).0 + buffers.0),
             None => Bytes(non_model(keeping).0 + buffers.0),
@@ -255,6 +259,7 @@ impl Plan {
                 looked_up: 0,
             },
             reserved: Bytes(0),
+            buffers,
             activations_on_host: Bytes(0),
         };
         plan.flops = model.as_ref().map(|model| {
@@ -274,6 +279,13 @@ impl Plan {
             plan.problems.push(too_little_beside_chunks(config, predicted(keeping), rest));
         }
         plan.activations_on_host = model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping));
+        if config.memory.buffers == Size::Auto && is_cuda(&config.compute) {
+            // As much as a step has at once, and in the worst case beside it. Chunks that travel have a better use for it.
+            let all = Bytes(reserved(keeping).0 + non_model(keeping).0);
+            if model.is_some() && rest.is_none() && plan.room(config, all).holds_all() {
+                plan.buffers = non_model(keeping);
+            }
+        }
         plan.place(config, program, Bytes(non_model(keeping).0 + buffers.0));
         Ok(plan)
     }

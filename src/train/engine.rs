@@ -131,7 +131,7 @@ impl Engine {
             return Err(Error::DoesNotFit(reason));
         }
         let device = Device::open(&config.compute)?;
-        device.compute.keep_buffers(config.memory.buffers)?;
+        device.compute.keep_buffers(plan.buffers)?;
         let layout = plan.layout().clone();
         let uses = program.gradient_uses(&layout);
         let stash = Stash::new(device.compute.clone(), Arc::clone(&device.backend))?;

@@ -100,8 +100,9 @@ fn variants(base: &Config) -> Vec<Variant> {
     }
     for slots in [TIGHT, 10_000] {
         add(format!("buffers kept, {slots} chunks"), &|config| {
-            config.memory.buffers = Bytes(1 << 20);
-            config.memory.device = Bytes(device(config, slots).0 + config.memory.buffers.0);
+            let buffers = Bytes(1 << 20);
+            config.memory.buffers = Size::Bytes(buffers);
+            config.memory.device = Bytes(device(config, slots).0 + buffers.0);
         });
     }
     for slots in [TIGHT, 17, 20, 26, 40] {

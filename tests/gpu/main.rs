@@ -19,6 +19,7 @@ mod llama;
 mod neighbours;
 mod races;
 mod regions;
+mod replays;
 mod streams;
 
 use std::io::Write;

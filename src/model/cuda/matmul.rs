@@ -14,6 +14,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::{DType, Result, bail};
 
 use super::ops::message;
+use super::replay::Replays;
 
 /// Scratch of the library; what its documentation advises for this architecture.
 const WORKSPACE: usize = 32 << 20;
@@ -21,7 +22,7 @@ const WORKSPACE: usize = 32 << 20;
 const BEST_ALIGNMENT: u64 = 256;
 
 /// A row-major matrix in device memory, or the transpose of one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Operand {
     pub address: u64,
     /// Elements from one row to the next, as it lies in memory.
@@ -40,7 +41,7 @@ impl Operand {
 }
 
 /// `out = a b (+ add) (+ bias to every row)`.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Product {
     /// Rows of `out`, columns of `out`, and the length of the sums.
     pub shape: (usize, usize, usize),
@@ -75,11 +76,17 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-/// cuBLASLt on one stream, with its plans.
+/// cuBLASLt on one stream.
 pub(super) struct Products {
+    library: Library,
+    replays: Replays<Product>,
+    stream: Arc<CudaStream>,
+}
+
+/// The library with its plans.
+struct Library {
     handle: sys::cublasLtHandle_t,
     workspace: CudaSlice<u8>,
-    stream: Arc<CudaStream>,
     plans: HashMap<Key, Plan>,
 }
 
@@ -112,7 +119,13 @@ impl Products {
         let handle = result::create_handle().map_err(|error| failed("start", error))?;
         // SAFETY: scratch; every product writes before it reads.
         let workspace = unsafe { stream.alloc::<u8>(WORKSPACE) }.map_err(message)?;
-        Ok(Products { handle, workspace, stream: Arc::clone(stream), plans: HashMap::new() })
+        let library = Library { handle, workspace, plans: HashMap::new() };
+        Ok(Products { library, replays: Replays::new(stream)?, stream: Arc::clone(stream) })
+    }
+
+    /// Products that are recorded as graphs.
+    pub fn recorded(&self) -> usize {
+        self.replays.recorded()
     }
 
     /// Queues a product.
@@ -120,10 +133,22 @@ impl Products {
     /// # Safety
     /// The addresses must be valid for the dimensions and strides until the stream has passed the product.
     pub unsafe fn multiply(&mut self, product: &Product) -> Result<()> {
-        let (m, n, k) = product.shape;
+        let (m, n, _) = product.shape;
         if m == 0 || n == 0 {
             return Ok(());
         }
+        let Products { library, replays, stream } = self;
+        // SAFETY: a product says everything of its call but the scratch, which is always the same; the caller vouches for the
+        // addresses.
+        unsafe { replays.queue(product, stream, |stream| library.multiply(product, stream)) }
+    }
+}
+
+impl Library {
+    /// # Safety
+    /// As for [`Products::multiply`], which only this is for.
+    unsafe fn multiply(&mut self, product: &Product, stream: &CudaStream) -> Result<()> {
+        let (m, n, k) = product.shape;
         let add = product.add.unwrap_or(product.out.0);
         let key = Key {
             shape: (m, n, k),
@@ -144,7 +169,7 @@ impl Products {
         }
         let (alpha, beta) = (1f32, if key.adds { 1f32 } else { 0f32 });
         let [first, second, out] = plan.layouts;
-        let workspace = self.workspace.device_ptr(&self.stream).0;
+        let workspace = self.workspace.device_ptr(stream).0;
         // Column-major `outᵀ = bᵀ aᵀ` is row-major `out = a b`.
         // SAFETY: by this function's contract; the plan was made for these dimensions and alignments.
         unsafe {
@@ -164,7 +189,7 @@ impl Products {
                 &raw const plan.algorithm,
                 workspace as *mut _,
                 WORKSPACE,
-                self.stream.cu_stream().cast(),
+                stream.cu_stream().cast(),
             )
         }
         .map_err(|error| failed("multiply", error))
@@ -247,7 +272,7 @@ impl Products {
     }
 }
 
-impl Drop for Products {
+impl Drop for Library {
     fn drop(&mut self) {
         for plan in self.plans.values() {
             // SAFETY: made by `plan` and used by nobody else. What is still queued has its own copy.

@@ -14,6 +14,7 @@ mod lookup;
 mod matmul;
 mod norm;
 mod ops;
+mod replay;
 mod rope;
 mod staging;
 mod tensor_map;

@@ -226,6 +226,11 @@ impl CudaOps {
         }
     }
 
+    /// Matrix products that are queued as recorded graphs.
+    pub fn recorded_products(&self) -> Result<usize> {
+        Ok(self.products.lock().map_err(message)?.recorded())
+    }
+
     /// From now on the memory of up to `limit` bytes of activations is kept for the next ones of their size.
     pub(crate) fn keep_buffers(&self, limit: Bytes) -> Result<()> {
         self.buffers.lock().map_err(message)?.restart(limit);

@@ -1,0 +1,65 @@
+//! Products that come again with the same addresses are queued as graphs.
+
+use candle_core::{DType, Tensor};
+use patrickstar::model::compute::Compute;
+use patrickstar::model::ops;
+use patrickstar::model::param::Param;
+use patrickstar::model::tape::Tape;
+use patrickstar_actors::types::{Bytes, Precision};
+
+use crate::compare::{assert_same_bits, representable};
+use crate::gpu;
+use crate::harness::{Owned, Place, floats_of};
+
+const SHAPE: [usize; 3] = [96, 64, 128]; // tokens, inner and outer width
+
+fn owned() -> [Owned; 2] {
+    let [_, inner, outer] = SHAPE;
+    let values = |name: &'static str, shape: &[usize]| {
+        Owned::from_values(name, shape, Precision::Bf16, &representable(Precision::Bf16, name, shape.iter().product()))
+    };
+    [values("w", &[outer, inner]), values("b", &[outer])]
+}
+
+fn numbers(place: &Place, name: &str) -> Tensor {
+    let [tokens, inner, _] = SHAPE;
+    place.tensor(&representable(Precision::Bf16, name, tokens * inner), &[tokens, inner])
+}
+
+/// A product with a bias; its result is free again for the next one.
+fn product(place: &Place, x: &Tensor, params: &[Param]) -> Vec<f32> {
+    let x = Tape::recording(&place.compute).constant(x.clone());
+    let y = ops::linear(&x, &params[0], Some(&params[1])).and_then(|y| y.tensor()).unwrap();
+    floats_of(&y)
+}
+
+#[test]
+fn a_product_that_comes_again_is_recorded_and_reads_what_is_there_now() {
+    let place = gpu(Precision::Bf16);
+    place.compute.keep_buffers(Bytes(1 << 20)).unwrap();
+    let recorded = || match &place.compute {
+        Compute::Cuda(ops) => ops.recorded_products().unwrap(),
+        Compute::Cpu => panic!("a place on the GPU computes on the host"),
+    };
+    // A place whose library has never been asked twice.
+    let anew = |name: &str| {
+        let place = gpu(Precision::Bf16);
+        place.with_params(&mut owned(), false, |params| product(&place, &numbers(&place, name), params))
+    };
+    let (first, second) = (anew("first"), anew("second"));
+    assert!(first != second);
+    place.with_params(&mut owned(), false, |params| {
+        let x = numbers(&place, "first");
+        for time in 0..6 {
+            assert_same_bits(&format!("time {time}"), &product(&place, &x, params), &first);
+        }
+        assert_eq!(recorded(), 1);
+        // Other numbers at the same place.
+        x.slice_set(&numbers(&place, "second"), 0, 0).unwrap();
+        assert_same_bits("of other numbers", &product(&place, &x, params), &second);
+        // At another place it is another product.
+        let elsewhere = numbers(&place, "first").to_dtype(DType::F32).unwrap().to_dtype(DType::BF16).unwrap();
+        assert_same_bits("elsewhere", &product(&place, &elsewhere, params), &first);
+        assert_eq!(recorded(), 1);
+    });
+}

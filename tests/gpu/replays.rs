@@ -1,4 +1,4 @@
-//! Products that come again with the same addresses are queued as graphs.
+//! Products that come again with the same addresses are queued without the library.
 
 use candle_core::{DType, Tensor};
 use patrickstar::model::compute::Compute;

@@ -123,7 +123,7 @@ impl Products {
         Ok(Products { library, replays: Replays::new(stream)?, stream: Arc::clone(stream) })
     }
 
-    /// Products that are recorded as graphs.
+    /// Products that are recorded.
     pub fn recorded(&self) -> usize {
         self.replays.recorded()
     }

@@ -226,7 +226,7 @@ impl CudaOps {
         }
     }
 
-    /// Matrix products that are queued as recorded graphs.
+    /// Matrix products that are queued as they were recorded.
     pub fn recorded_products(&self) -> Result<usize> {
         Ok(self.products.lock().map_err(message)?.recorded())
     }

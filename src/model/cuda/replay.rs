@@ -1,43 +1,114 @@
-//! Calls of a library that come again with the same addresses, queued as graphs from then on: what the library works out in
-//! every call, from a plan to the arguments of its kernels, takes the host several times as long as queuing them.
+//! Calls of a library that come again with the same addresses: from then on the kernels that they came to are queued without
+//! it. What the library works out in every call, from a plan to the arguments of its kernels, takes the host longer than queuing
+//! them.
 //!
-//! A graph holds the very kernels and arguments of the call that it was recorded from, so results have the same bits.
+//! What is queued are the very kernels and arguments of the call, so results have the same bits.
 
 #![expect(unsafe_code, reason = "calls the driver")]
 
 use std::collections::HashMap;
 use std::hash::Hash;
+use std::mem::MaybeUninit;
+use std::ptr;
 use std::sync::Arc;
 
 use candle_core::Result;
-use candle_core::cuda_backend::cudarc::driver::{CudaStream, result, sys};
+use candle_core::cuda_backend::cudarc::driver::sys::CUlaunchAttributeID as Id;
+use candle_core::cuda_backend::cudarc::driver::{CudaStream, DriverError, result, sys};
 
 use super::ops::message;
 
-/// A call is recorded when it has come this often: where chunks travel many addresses come once or twice, and recording costs
-/// as much as several calls.
-const SIGHTINGS: u32 = 3;
+/// A call is recorded when it has come this often: where chunks travel many addresses come once, and recording costs as much
+/// as several calls.
+const SIGHTINGS: u32 = 2;
 /// Calls of a generation: those of a few steps.
 const GENERATION: usize = 2048;
+/// What a library may ask of a launch besides its size.
+const ATTRIBUTES: [Id; 7] = [
+    Id::CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW,
+    Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
+    Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+    Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE,
+    Id::CU_LAUNCH_ATTRIBUTE_PRIORITY,
+    Id::CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN_MAP,
+    Id::CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN,
+];
 
-/// A recorded call.
-pub(super) struct Graph(sys::CUgraphExec);
+/// What a call queued.
+pub(super) struct Recording {
+    /// Owns what the kernels' arguments point to.
+    graph: sys::CUgraph,
+    work: Vec<Work>,
+}
 
-impl Graph {
-    /// Queues the call again.
+enum Work {
+    Clear {
+        address: u64,
+        bytes: usize,
+    },
+    Kernel {
+        function: sys::CUfunction,
+        parameters: sys::CUDA_KERNEL_NODE_PARAMS,
+        attributes: Vec<sys::CUlaunchAttribute>,
+    },
+}
+
+impl Recording {
+    /// Queues the same again.
     ///
     /// # Safety
     /// As for the call.
-    pub unsafe fn launch(&self, stream: &CudaStream) -> Result<()> {
-        // SAFETY: made by `record`; the caller vouches for the rest.
-        unsafe { result::graph::launch(self.0, stream.cu_stream()) }.map_err(message)
+    pub unsafe fn queue(&mut self, stream: &CudaStream) -> Result<()> {
+        let stream = stream.cu_stream();
+        for work in &mut self.work {
+            // SAFETY: what the call queued, whose arguments live with the graph; the caller vouches for the addresses.
+            unsafe {
+                match work {
+                    Work::Clear { address, bytes } => result::memset_d8_async(*address, 0, *bytes, stream),
+                    Work::Kernel { function, parameters, attributes } => {
+                        launch(*function, parameters, attributes, stream)
+                    }
+                }
+            }
+            .map_err(message)?;
+        }
+        Ok(())
     }
 }
 
-impl Drop for Graph {
+/// # Safety
+/// The function and its parameters as a graph has them.
+unsafe fn launch(
+    function: sys::CUfunction,
+    parameters: &sys::CUDA_KERNEL_NODE_PARAMS,
+    attributes: &mut [sys::CUlaunchAttribute],
+    stream: sys::CUstream,
+) -> std::result::Result<(), DriverError> {
+    let config = sys::CUlaunchConfig {
+        gridDimX: parameters.gridDimX,
+        gridDimY: parameters.gridDimY,
+        gridDimZ: parameters.gridDimZ,
+        blockDimX: parameters.blockDimX,
+        blockDimY: parameters.blockDimY,
+        blockDimZ: parameters.blockDimZ,
+        sharedMemBytes: parameters.sharedMemBytes,
+        hStream: stream,
+        attrs: attributes.as_mut_ptr(),
+        numAttrs: attributes.len() as u32,
+    };
+    // One of the two forms of arguments is null.
+    let (each, all) = (parameters.kernelParams, parameters.extra);
+    // SAFETY: by this function's contract.
+    unsafe {
+        sys::cuLaunchKernelEx(&raw const config, function, each, if each.is_null() { all } else { ptr::null_mut() })
+    }
+    .result()
+}
+
+impl Drop for Recording {
     fn drop(&mut self) {
-        // SAFETY: made by `record` and used by nobody else. What is queued of it is done before the driver lets go of it.
-        let _ = unsafe { result::graph::exec_destroy(self.0) };
+        // SAFETY: made by `record` and used by nobody else. The driver has copied the arguments of what is queued.
+        let _ = unsafe { result::graph::destroy(self.graph) };
     }
 }
 
@@ -45,12 +116,14 @@ impl Drop for Graph {
 enum Known<G> {
     Seen(u32),
     Recorded(G),
+    /// It is more than is understood here.
+    Unrecorded,
 }
 
 /// How a call is to be queued.
 pub(super) enum Way<'a, G> {
     /// As it was recorded.
-    Again(&'a G),
+    Again(&'a mut G),
     /// By the library, and it is to be recorded.
     ToRecord,
     /// By the library.
@@ -80,18 +153,18 @@ impl<K: Eq + Hash + Clone, G> Calls<K, G> {
             self.recent.insert(call.clone(), known);
         }
         match self.recent.get_mut(call) {
-            Some(Known::Recorded(graph)) => Way::Again(graph),
+            Some(Known::Recorded(recording)) => Way::Again(recording),
             Some(Known::Seen(count)) => {
                 *count = count.saturating_add(1);
                 if *count >= SIGHTINGS { Way::ToRecord } else { Way::Anew }
             }
-            None => Way::Anew,
+            Some(Known::Unrecorded) | None => Way::Anew,
         }
     }
 
-    /// Keeps what was recorded of `call`.
-    pub fn keep(&mut self, call: &K, graph: G) {
-        self.recent.insert(call.clone(), Known::Recorded(graph));
+    /// Keeps what was recorded of `call`, if anything was.
+    pub fn keep(&mut self, call: &K, recording: Option<G>) {
+        self.recent.insert(call.clone(), recording.map_or(Known::Unrecorded, Known::Recorded));
     }
 
     /// Calls that are recorded.
@@ -113,8 +186,8 @@ impl Recorder {
         Ok(Recorder { stream })
     }
 
-    /// What `call` queues on the stream that it gets.
-    pub fn record(&self, call: impl FnOnce(&CudaStream) -> Result<()>) -> Result<Graph> {
+    /// What `call` queues on the stream that it gets; `None` if that is more than a kernel and what is cleared before it.
+    pub fn record(&self, call: impl FnOnce(&CudaStream) -> Result<()>) -> Result<Option<Recording>> {
         let stream = self.stream.cu_stream();
         // Other threads allocate and register memory meanwhile, which has nothing to do with what is recorded.
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
@@ -124,19 +197,94 @@ impl Recorder {
         // SAFETY: as above; a capture ends whatever came of the call.
         let graph = unsafe { result::stream::end_capture(stream) }.map_err(message);
         called?;
-        let graph = graph?;
-        // SAFETY: made above; an executable graph does not need it any more.
-        unsafe {
-            let executable = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
-            result::graph::destroy(graph).map_err(message)?;
-            executable.map(Graph).map_err(message)
+        let mut recording = Recording { graph: graph?, work: Vec::new() };
+        for node in nodes(recording.graph).map_err(message)? {
+            match work(node).map_err(message)? {
+                Some(work) => recording.work.push(work),
+                None => return Ok(None),
+            }
+        }
+        Ok(if recording.work.is_empty() { None } else { Some(recording) })
+    }
+}
+
+/// The nodes of a graph of one or two, in their order; none of any other.
+fn nodes(graph: sys::CUgraph) -> std::result::Result<Vec<sys::CUgraphNode>, DriverError> {
+    let (mut count, mut root_count) = (0, 0);
+    // SAFETY: a graph that was just captured; with no place for nodes only their number is told.
+    unsafe {
+        sys::cuGraphGetNodes(graph, ptr::null_mut(), &raw mut count).result()?;
+        sys::cuGraphGetRootNodes(graph, ptr::null_mut(), &raw mut root_count).result()?;
+    }
+    if root_count != 1 || !(1..=2).contains(&count) {
+        return Ok(Vec::new());
+    }
+    let (mut nodes, mut root) = (vec![ptr::null_mut(); count], [ptr::null_mut()]);
+    // SAFETY: as above, with a place for each.
+    unsafe {
+        sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &raw mut count).result()?;
+        sys::cuGraphGetRootNodes(graph, root.as_mut_ptr(), &raw mut root_count).result()?;
+    }
+    // Everything that is queued on one stream depends on what was before it.
+    nodes.sort_by_key(|&node| node != root[0]);
+    Ok(nodes)
+}
+
+/// What a node does; `None` if that is not understood here.
+fn work(node: sys::CUgraphNode) -> std::result::Result<Option<Work>, DriverError> {
+    // SAFETY: a node of a live graph; each call writes what it is asked for, and a node is asked for what is its own.
+    unsafe {
+        let kind = written(|place| sys::cuGraphNodeGetType(node, place))?;
+        match kind {
+            sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMSET => {
+                let memset = written(|place| sys::cuGraphMemsetNodeGetParams(node, place))?;
+                let bytes = memset.width * memset.elementSize as usize;
+                let clears = memset.value == 0 && memset.height == 1;
+                Ok(clears.then_some(Work::Clear { address: memset.dst, bytes }))
+            }
+            sys::CUgraphNodeType::CU_GRAPH_NODE_TYPE_KERNEL => {
+                let parameters = written(|place| sys::cuGraphKernelNodeGetParams_v2(node, place))?;
+                let function = if parameters.func.is_null() {
+                    written(|place| sys::cuKernelGetFunction(place, parameters.kern))?
+                } else {
+                    parameters.func
+                };
+                let attributes = ATTRIBUTES.into_iter().filter_map(|id| attribute(node, id)).collect();
+                Ok(Some(Work::Kernel { function, parameters, attributes }))
+            }
+            _ => Ok(None),
         }
     }
 }
 
+/// An attribute of a kernel's launch, if it has one that is not the default.
+///
+/// # Safety
+/// A node of a live graph that is a kernel.
+unsafe fn attribute(node: sys::CUgraphNode, id: Id) -> Option<sys::CUlaunchAttribute> {
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    // SAFETY: by this function's contract; every bit pattern is a value of the padding.
+    let is_set = unsafe {
+        let status = sys::cuGraphKernelNodeGetAttribute(node, id, &raw mut value);
+        status == sys::CUresult::CUDA_SUCCESS && value.pad.iter().any(|&byte| byte != 0)
+    };
+    is_set.then_some(sys::CUlaunchAttribute { id, pad: [0; 4], value })
+}
+
+/// What `call` writes to the place that it gets.
+///
+/// # Safety
+/// Where it succeeds it writes all of it.
+unsafe fn written<T>(call: impl FnOnce(*mut T) -> sys::CUresult) -> std::result::Result<T, DriverError> {
+    let mut place = MaybeUninit::zeroed();
+    call(place.as_mut_ptr()).result()?;
+    // SAFETY: by this function's contract.
+    Ok(unsafe { place.assume_init() })
+}
+
 /// Calls of the library, and what is recorded of them.
 pub(super) struct Replays<K> {
-    calls: Calls<K, Graph>,
+    calls: Calls<K, Recording>,
     /// Gone where the library does not let itself be recorded.
     recorder: Option<Recorder>,
 }
@@ -160,23 +308,18 @@ impl<K: Eq + Hash + Clone> Replays<K> {
         let Some(recorder) = &self.recorder else { return anew(stream) };
         match self.calls.way(call) {
             // SAFETY: by this function's contract.
-            Way::Again(graph) => return unsafe { graph.launch(stream) },
+            Way::Again(recording) => return unsafe { recording.queue(stream) },
             Way::Anew => return anew(stream),
             Way::ToRecord => {}
         }
         match recorder.record(&mut anew) {
-            Ok(graph) => {
-                // SAFETY: as above.
-                let queued = unsafe { graph.launch(stream) };
-                self.calls.keep(call, graph);
-                queued
-            }
+            Ok(recording) => self.calls.keep(call, recording),
             Err(error) => {
                 tracing::warn!("matrix products are not recorded, so queuing a step takes longer: {error}");
                 self.recorder = None;
-                anew(stream)
             }
         }
+        anew(stream)
     }
 
     /// Calls that are recorded.
@@ -194,7 +337,7 @@ mod tests {
             assert!(matches!(calls.way(&call), Way::Anew));
         }
         assert!(matches!(calls.way(&call), Way::ToRecord));
-        calls.keep(&call, 10 * call);
+        calls.keep(&call, Some(10 * call));
     }
 
     #[test]
@@ -207,11 +350,13 @@ mod tests {
         for once in 100..110 {
             assert!(matches!(calls.way(&once), Way::Anew));
             if once % 2 == 0 {
-                assert!(matches!(calls.way(&1), Way::Again(&10)));
+                assert!(matches!(calls.way(&1), Way::Again(&mut 10)));
             }
         }
         assert_eq!(calls.recorded(), 1, "2 has not come since");
         assert!(matches!(calls.way(&2), Way::Anew));
         assert!(calls.recent.len() + calls.earlier.len() <= 8);
+        calls.keep(&2, None);
+        assert!(matches!(calls.way(&2), Way::Anew), "it was not understood");
     }
 }

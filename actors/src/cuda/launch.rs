@@ -6,9 +6,10 @@ use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR;
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::sys::cuFuncGetParamInfo;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, result};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, sys};
 use cudarc::nvrtc::Ptx;
 
 use super::context::device_error;
@@ -36,7 +37,7 @@ pub enum Arg {
 pub struct TensorMap(pub [u64; 16]);
 
 /// Blocks, threads a block, and bytes of dynamic shared memory a block.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Grid {
     /// Blocks in x, y and z.
     pub blocks: [u32; 3],
@@ -44,6 +45,8 @@ pub struct Grid {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// Whether blocks may come while the kernel before ends, for which the kernel waits itself.
+    pub overlaps: bool,
 }
 
 impl Arg {
@@ -81,18 +84,28 @@ fn parameters(function: &CudaFunction) -> Arc<[usize]> {
 impl Grid {
     /// A one-dimensional grid without dynamic shared memory.
     pub fn linear(blocks: u64, threads: u32) -> Self {
-        Grid { blocks: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1], threads, shared: 0 }
+        Grid { blocks: [u32::try_from(blocks).unwrap_or(u32::MAX), 1, 1], threads, ..Grid::default() }
+    }
+
+    /// For a kernel that waits for the one before it, and may be launched before that has ended.
+    pub fn overlapping(self) -> Self {
+        Grid { overlaps: true, ..self }
     }
 }
 
 /// More dynamic shared memory than this has to be asked for, once a function.
 const DEFAULT_SHARED: u32 = 48 << 10;
 
+/// The compute capability from which on kernels may wait for the one before them themselves.
+const OVERLAPPING: i32 = 9;
+
 /// The kernels of one compiled source.
 pub struct Kernels {
     class: &'static str,
     module: Arc<CudaModule>,
     profile: Arc<Profile>,
+    /// Whether the GPU lets kernels come before the one before them has ended.
+    overlaps: bool,
     functions: Mutex<HashMap<&'static str, Function>>,
 }
 
@@ -114,7 +127,11 @@ impl Kernels {
         let module = context
             .load_module(Ptx::from_binary(cubin.to_vec()))
             .map_err(|error| MemoryError::Kernels { name, reason: error.to_string() })?;
-        Ok(Kernels { class: name, module, profile: Arc::clone(profile), functions: Mutex::default() })
+        let major = context
+            .attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+            .map_err(|error| device_error("tell its compute capability", error))?;
+        let (profile, functions) = (Arc::clone(profile), Mutex::default());
+        Ok(Kernels { class: name, module, profile, overlaps: major >= OVERLAPPING, functions })
     }
 
     /// Queues `name` on `stream`.
@@ -140,21 +157,36 @@ impl Kernels {
             });
         }
         let mut places: Vec<*mut c_void> = args.iter().map(Arg::place).collect();
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.blocks[0],
+            gridDimY: grid.blocks[1],
+            gridDimZ: grid.blocks[2],
+            blockDimX: grid.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared,
+            hStream: stream.cu_stream(),
+            attrs: &raw mut overlap,
+            numAttrs: u32::from(grid.overlaps && self.overlaps),
+        };
         let failed = |error| device_error(name, error);
         stream.context().bind_to_thread().map_err(failed)?;
-        let [x, y, z] = grid.blocks;
         self.profile.span(self.class, stream, || {
             // SAFETY: the caller vouches for the arguments, which the driver copies.
             unsafe {
-                result::launch_kernel(
+                sys::cuLaunchKernelEx(
+                    &raw const config,
                     function.cu_function(),
-                    (x, y, z),
-                    (grid.threads, 1, 1),
-                    grid.shared,
-                    stream.cu_stream(),
-                    &mut places,
+                    places.as_mut_ptr(),
+                    std::ptr::null_mut(),
                 )
             }
+            .result()
             .map_err(failed)
         })
     }

@@ -312,7 +312,7 @@ impl CudaOps {
 
     fn grid_f32(&self, call: &Call, heads: usize, shared: u32) -> Grid {
         let blocks = [call.time.div_ceil(TILE_F32) as u32, heads as u32, call.batch as u32];
-        Grid { blocks, threads: 256, shared }
+        Grid { blocks, threads: 256, shared, ..Grid::default() }
     }
 }
 

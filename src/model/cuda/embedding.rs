@@ -168,7 +168,8 @@ impl CudaOps {
             let list = list(starts.len() + count)?;
             let args = [self.pointer(&partial)?, list, gradient, Arg::I32(long_count as i32), width_arg];
             let columns = width.div_ceil(COLUMNS_PER_BLOCK) as u32;
-            let grid = Grid { blocks: [long_count as u32, columns, 1], threads: 256, shared: 0 };
+            let mut grid = Grid::linear(long_count as u64, 256);
+            grid.blocks[1] = columns;
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward_long"), grid, &args)?;
         }
         Ok(())

@@ -14,8 +14,8 @@ const MOST_FORWARD_THREADS: usize = 256;
 const NARROW_PACKS: usize = 512;
 const STAGED_BYTES: u32 = 96 << 10;
 /// Blocks of the backward kernels, and so partial sums: they decide the order of additions, so they are as many on every
-/// GPU. Two at a time keep each of an H100's 132 multiprocessors busy.
-const NORM_PARTIALS: usize = 256;
+/// GPU. One keeps each of an H100's 132 multiprocessors busy.
+const NORM_PARTIALS: usize = 128;
 /// Partial sums of `column_sums`: few, since the last block of each tile adds them.
 const SUM_PARTIALS: usize = 32;
 /// Columns that a block of `accumulate_columns` adds up.
@@ -173,7 +173,9 @@ impl CudaOps {
     /// Blocks of a kernel that leaves `partials` partial sums of columns.
     pub(super) fn column_grid(&self, cols: usize, dtype: DType, partials: usize) -> Grid {
         let columns_per_block = 512 / dtype.size_in_bytes() as u32;
-        Grid { blocks: [(cols as u32).div_ceil(columns_per_block), partials as u32, 1], threads: 256, shared: 0 }
+        let mut grid = Grid::linear(u64::from((cols as u32).div_ceil(columns_per_block)), 256);
+        grid.blocks[1] = partials as u32;
+        grid
     }
 
     /// Adds the sums of partial sums to the gradients of one or two vectors of one length.
@@ -187,7 +189,7 @@ impl CudaOps {
         let (Some(&first), Some(&last)) = (pairs.first(), pairs.last()) else { return Ok(()) };
         let cols = sums[0].1.rows();
         let args = [&first[..], &last, &[Arg::I32(partials as i32), Arg::I32(cols as i32)]].concat();
-        let mut grid = Grid::linear((cols as u64).div_ceil(COLUMNS_PER_BLOCK), 512);
+        let mut grid = Grid::linear((cols as u64).div_ceil(COLUMNS_PER_BLOCK), 512).overlapping();
         grid.blocks[1] = pairs.len() as u32;
         self.launch(&self.norm, kernel!(dtype, "accumulate_columns"), grid, &args)
     }

@@ -218,6 +218,20 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 // e^x to about two units in the last place for results that matter next to 1.
 __device__ __forceinline__ float fast_exp(float x) { return exp2_approximate(x * 1.4426950409f); }
 
+// Until the kernel before is done and what it wrote is there: for kernels whose blocks may come while that one ends.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// From here on, when all blocks have come to it, those of such a kernel may come.
+__device__ __forceinline__ void let_next_kernel_come() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ uint64_t global_thread() { return uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ uint64_t grid_threads() { return uint64_t(gridDim.x) * blockDim.x; }
 

@@ -20,11 +20,11 @@
 // [1] W warps, the power of two from which 256 W is at least a row's packs, but at most 8. For W = 1 any number of
 // warps, of which each takes a row: 4, and a grid of ceil(rows / 4), are good. Else a block takes a row: a grid of rows.
 // [2] 512 up to 512 packs a row, else 1024.   [3] ceil(cols / (512 / sizeof(T))).
-// [4] x: ceil(cols / 32), y: 1, or 2 for both pairs of partial sums and gradient.
+// [4] x: ceil(cols / 32), y: 1, or 2 for both pairs of partial sums and gradient. Its blocks may come early.
 // Dynamic shared memory: 98304 bytes for the backward kernels. Scratch: partial_dw, partial_db and partial are
 // float[P * cols], wholly written; then accumulate_columns adds them to the gradients. column_sums does that itself if
 // `counters`, a zero for each of [3], left so, is not null. P decides the order of the sums, so it must be the same
-// number on every GPU: 256 is good for the backward kernels, 32 for column_sums.
+// number on every GPU: 128 is good for the backward kernels, 32 for column_sums.
 // stats is (mean, 1 / standard deviation) a row, or the second alone for RMS. residual may be null; dx may be any of
 // dy, x and residual. y may be x.
 
@@ -314,6 +314,7 @@ __device__ __forceinline__ void norm_backward(
     }
     wait_for_copies<0>();
 
+    let_next_kernel_come();
     // The groups' sums, in order of the groups. Several groups mean one pack a thread.
     float* scratch = reinterpret_cast<float*>(stages);
     auto write = [&](const float(&values)[PACKS][LANES], float* out) {
@@ -455,6 +456,7 @@ __device__ __forceinline__ void norm_forward_any(
     extern "C" __global__ void __launch_bounds__(ACCUMULATE_BLOCK) accumulate_columns_##T(                                \
         const float* partial, T* gradient, const float* partial2, T* gradient2, int P, int cols                       \
     ) {                                                                                                               \
+        wait_for_kernel_before();                                                                                     \
         accumulate_columns(blockIdx.y == 0 ? partial : partial2, P, cols, blockIdx.y == 0 ? gradient : gradient2);    \
     }
 

@@ -1,16 +1,12 @@
 //! Rotary position embedding on a packed buffer of heads.
 
-#![expect(unsafe_code, reason = "calls the driver")]
-
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::result::memcpy_dtod_async;
 use candle_core::{Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
-use patrickstar_actors::memory::MemoryError;
 
-use super::ops::{CudaOps, kernel, message};
+use super::ops::{CudaOps, kernel};
 use crate::model::ops::Rope;
 
 /// Rows that a block takes at once.
@@ -34,8 +30,9 @@ impl CudaOps {
         let (rows, dtype) = ((batch * time) as u64, x.dtype());
         let table = self.rope_table(rope, time)?;
         // The input of an operation and the gradient of a result may be somebody else's as well.
-        let y = self.copy(x)?;
+        let y = self.uninitialised(x.shape(), dtype)?;
         let args = [
+            self.pointer(x)?,
             self.pointer(&y)?,
             self.pointer(&table.cos)?,
             self.pointer(&table.sin)?,
@@ -43,7 +40,7 @@ impl CudaOps {
             Arg::Pointer(0),
             Arg::U64(rows),
             Arg::I32(time as i32),
-            Arg::U64(columns as u64),
+            Arg::I32(columns as i32),
             Arg::I32(rope.heads as i32),
             Arg::I32(rope.head_dim as i32),
             Arg::I32(rope.rotary_dim as i32),
@@ -66,18 +63,5 @@ impl CudaOps {
         let table = Table { positions: angles.positions, cos: upload(&angles.cos)?, sin: upload(&angles.sin)? };
         tables.insert(rope.key(), table.clone());
         Ok(table)
-    }
-
-    /// A contiguous tensor again, in memory of its own.
-    fn copy(&self, x: &Tensor) -> Result<Tensor> {
-        let y = self.uninitialised(x.shape(), x.dtype())?;
-        let (from, to, bytes) = (self.address(x)?, self.address(&y)?, x.elem_count() * x.dtype().size_in_bytes());
-        let queued = self.gpu().profile().span("rope", self.stream(), || {
-            // SAFETY: both are live tensors of that many bytes; memory is freed in the order of this stream.
-            unsafe { memcpy_dtod_async(to, from, bytes, self.stream().cu_stream()) }
-                .map_err(|error| MemoryError::Device { action: "copy a tensor", reason: error.to_string() })
-        });
-        queued.map_err(message)?;
-        Ok(y)
     }
 }

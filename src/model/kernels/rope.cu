@@ -1,13 +1,13 @@
-// Rotary position embedding (Su et al., 2021), in place on a packed buffer of heads.
+// Rotary position embedding (Su et al., 2021) on a packed buffer of heads.
 //
-// kernel (suffix _f32, _bf16, _f16)  arguments                                                           grid  block
-// rope                               T* x, const float* cos, const float* sin, const int* positions,    any   256
-//                                    uint64_t rows, int time, uint64_t row_stride, int heads,           [1]
+// kernel (suffix _f32, _bf16, _f16)  arguments                                                               grid  block
+// rope                               const T* x, T* y, const float* cos, const float* sin,                   any   256
+//                                    const int* positions, uint64_t rows, int time, int columns, int heads,  [1]
 //                                    int head_dim, int rotary_dim, int interleaved, int direction
 //
-// [1] ceil(rows / 4) is good. No dynamic shared memory, no scratch.
-// Row r is at x + r * row_stride and begins with `heads` heads of head_dim elements; the first rotary_dim (even) of each
-// are rotated. Its position is positions[r], or r % time where positions is null. cos and sin are float[positions,
+// [1] ceil(rows / 4) is good. No dynamic shared memory, no scratch. y may be x.
+// A row of `columns` begins with `heads` heads of head_dim elements; the first rotary_dim (even) of each are rotated, all
+// others copied. Its position is positions[r], or r % time where positions is null. cos and sin are float[positions,
 // rotary_dim / 2]. Pairs are (i, i + rotary_dim / 2), or (2i, 2i + 1) where interleaved is not 0. direction is 1, or -1
 // for the backward pass, which rotates back.
 
@@ -45,22 +45,38 @@ template <int N> struct Angles {
 
 template <typename T>
 __device__ __forceinline__ void rope(
-    T* x, const float* cosines, const float* sines, const int* positions, uint64_t rows, int time, uint64_t row_stride,
-    int heads, int head_dim, int rotary_dim, bool interleaved, float direction
+    const T* x, T* y, const float* cosines, const float* sines, const int* positions, uint64_t rows, int time,
+    int columns, int heads, int head_dim, int rotary_dim, bool interleaved, float direction
 ) {
     constexpr int LANES = Pack<T>::LANES;
     const int half = rotary_dim / 2;
     const int unit = interleaved ? rotary_dim : half; // consecutive elements that one pass over packs covers
-    const bool vector = rows_aligned(x, row_stride) && head_dim % LANES == 0 && unit % LANES == 0;
+    const bool vector = rows_aligned(x, columns) && aligned(y) && head_dim % LANES == 0 && unit % LANES == 0;
     const bool vector_angles = aligned(cosines) && aligned(sines) && half % 4 == 0;
-    const int items = vector ? unit / LANES : half; // of one head
-    const int row_items = heads * items;
+    const int lanes = vector ? LANES : 1;
+    const int items = unit / lanes / (interleaved && !vector ? 2 : 1); // of one head
+    const int rotated = heads * items;
+    // What is not rotated: the ends of heads, and what is behind them.
+    const int end = (head_dim - rotary_dim) / lanes, ends = heads * end;
+    const int row_items = rotated + columns / lanes - heads * (rotary_dim / lanes);
     for (uint64_t base = uint64_t(blockIdx.x) * ROWS; base < rows; base += uint64_t(gridDim.x) * ROWS) {
         const int rows_here = int(min(uint64_t(ROWS), rows - base));
         for (int i = threadIdx.x; i < rows_here * row_items; i += BLOCK) {
             const uint64_t row = base + i / row_items;
-            const int item = i % items;
-            T* head = x + row * row_stride + uint64_t(i % row_items / items) * head_dim;
+            const int index = i % row_items;
+            if (index >= rotated) {
+                const int rest = index - rotated;
+                const int column = rest < ends ? rest / end * head_dim + rotary_dim + rest % end * lanes
+                                               : heads * head_dim + (rest - ends) * lanes;
+                const uint64_t at = row * columns + column;
+                if (vector) store_aligned(y + at, load_aligned(x + at));
+                else y[at] = x[at];
+                continue;
+            }
+            const int item = index % items;
+            const uint64_t at = row * columns + index / items * head_dim;
+            const T* head = x + at;
+            T* out = y + at;
             const uint64_t position = positions ? uint64_t(positions[row]) : row % uint64_t(time);
             const float* row_cosines = cosines + position * half;
             const float* row_sines = sines + position * half;
@@ -71,9 +87,9 @@ __device__ __forceinline__ void rope(
                 unpack(load_aligned(head + item * LANES), values);
 #pragma unroll
                 for (int k = 0; k < LANES / 2; k++) angles.rotate(k, values[2 * k], values[2 * k + 1]);
-                store_aligned(head + item * LANES, pack_of<T>(values));
+                store_aligned(out + item * LANES, pack_of<T>(values));
             } else if (vector) {
-                T* first = head + item * LANES;
+                const T* first = head + item * LANES;
                 const Pack<T> a_pack = load_aligned(first), b_pack = load_aligned(first + half);
                 const Angles<LANES> angles(
                     row_cosines + item * LANES, row_sines + item * LANES, vector_angles, direction
@@ -83,30 +99,29 @@ __device__ __forceinline__ void rope(
                 unpack(b_pack, b);
 #pragma unroll
                 for (int k = 0; k < LANES; k++) angles.rotate(k, a[k], b[k]);
-                store_aligned(first, pack_of<T>(a));
-                store_aligned(first + half, pack_of<T>(b));
+                store_aligned(out + item * LANES, pack_of<T>(a));
+                store_aligned(out + item * LANES + half, pack_of<T>(b));
             } else {
-                T* first = interleaved ? head + 2 * item : head + item;
-                T* second = interleaved ? first + 1 : first + half;
+                const int first = interleaved ? 2 * item : item, second = interleaved ? first + 1 : first + half;
                 const Angles<1> angles(row_cosines + item, row_sines + item, false, direction);
-                float a = to_float(*first), b = to_float(*second);
+                float a = to_float(head[first]), b = to_float(head[second]);
                 angles.rotate(0, a, b);
-                *first = from_float<T>(a);
-                *second = from_float<T>(b);
+                out[first] = from_float<T>(a);
+                out[second] = from_float<T>(b);
             }
         }
     }
 }
 
-#define ROPE_KERNEL(T)                                                                                                \
-    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##T(                                                     \
-        T* x, const float* cos, const float* sin, const int* positions, uint64_t rows, int time, uint64_t row_stride, \
-        int heads, int head_dim, int rotary_dim, int interleaved, int direction                                       \
-    ) {                                                                                                               \
-        rope(                                                                                                         \
-            x, cos, sin, positions, rows, time, row_stride, heads, head_dim, rotary_dim, interleaved != 0,            \
-            float(direction)                                                                                          \
-        );                                                                                                            \
+#define ROPE_KERNEL(T)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(BLOCK) rope_##T(                                            \
+        const T* x, T* y, const float* cos, const float* sin, const int* positions, uint64_t rows, int time, \
+        int columns, int heads, int head_dim, int rotary_dim, int interleaved, int direction                 \
+    ) {                                                                                                      \
+        rope(                                                                                                \
+            x, y, cos, sin, positions, rows, time, columns, heads, head_dim, rotary_dim, interleaved != 0,   \
+            float(direction)                                                                                 \
+        );                                                                                                   \
     }
 
 FOR_EACH_TYPE(ROPE_KERNEL)

@@ -18,7 +18,7 @@ use crate::model::block::Context;
 use crate::model::cuda::{CudaOps, LogitRows};
 use crate::model::ops::cross_entropy::tokens_per_block;
 use crate::model::ops::lookup::ByToken;
-use crate::model::ops::{Attention, Gelu};
+use crate::model::ops::{Attention, Gelu, Rope};
 use crate::model::param::{Param, ParamTile};
 use crate::model::rng::{self, Mask};
 
@@ -73,6 +73,7 @@ pub fn measure() -> Result<Vec<Value>, Error> {
         report.embeddings(hidden)?;
     }
     report.wide()?;
+    report.llama()?;
     report.head()?;
     // Heads of the 1b, 4b, 6b and 10b shapes.
     for (batch, time, head) in [
@@ -269,6 +270,37 @@ impl Report {
         self.time_class(("cast", "cast"), format!("{TOKENS} x {HIDDEN}"), Need::Bytes(narrowed), |ops| {
             ops.linear_backward_input(&dy, &weight.param, None).map(drop)
         })
+    }
+
+    /// What a Llama has in the place of layer norm, positions and GELU.
+    fn llama(&mut self) -> Result<(), Error> {
+        let hidden = LARGE_HIDDEN;
+        let (x, dy, before) =
+            (self.random(&[TOKENS, hidden])?, self.random(&[TOKENS, hidden])?, self.random(&[TOKENS, hidden])?);
+        let (w, shape) = (self.weight("w", &[hidden], hidden)?, || format!("{TOKENS} x {hidden}"));
+        let (one, stats_bytes) = ((TOKENS * hidden) as f64 * B, (TOKENS * 4) as f64);
+        self.time("rms_norm_forward", shape(), Need::Bytes(2.0 * one + stats_bytes), |ops| {
+            ops.rms_norm_forward(&x, &w.param, 1e-5).map(drop)
+        })?;
+        let (_, stats) = self.clock.ops.rms_norm_forward(&x, &w.param, 1e-5)?;
+        self.time("rms_norm_backward_add", shape(), Need::Bytes(4.0 * one + stats_bytes), |ops| {
+            ops.rms_norm_backward(&dy, &x, &stats, &w.param, Some(before.clone())).map(drop)
+        })?;
+        let gate_up = self.random(&[TOKENS, 2 * hidden])?;
+        self.time("swiglu_forward", shape(), Need::Bytes(3.0 * one), |ops| ops.swiglu_forward(&gate_up).map(drop))?;
+        self.time("swiglu_backward", shape(), Need::Bytes(5.0 * one), |ops| {
+            ops.swiglu_backward(&dy, &gate_up, None).map(drop)
+        })?;
+        // Queries and keys of 16 heads are rotated, values are copied.
+        let qkv = self.random(&[BATCH, TIME, 3 * HIDDEN])?;
+        let rope = Rope { heads: 32, head_dim: 128, rotary_dim: 128, theta: 1e4, interleaved: false };
+        let (columns, angles) = (3 * HIDDEN, (TIME * 128 * 4) as f64);
+        self.time(
+            "rope",
+            format!("{TOKENS} x {columns}"),
+            Need::Bytes(6.0 * (TOKENS * HIDDEN) as f64 * B + angles),
+            |ops| ops.rope(&qkv, &rope, 1).map(drop),
+        )
     }
 
     fn head(&mut self) -> Result<(), Error> {

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use candle_core::{DType, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 use patrickstar_actors::cuda::{Arg, Grid};
 use patrickstar_actors::types::Precision;
 
@@ -74,6 +74,21 @@ impl Segments {
     }
 }
 
+/// Which rows of a gradient are summed and where their sums go, on the device.
+pub(crate) struct RowsToAdd {
+    order: Tensor,
+    tiles: Vec<TileToAdd>,
+}
+
+/// The `Segments` of a tile.
+struct TileToAdd {
+    gradient: u64,
+    lists: Tensor,
+    segments: usize,
+    long: usize,
+    places: usize,
+}
+
 /// The element type of activations for weights of this precision.
 pub(crate) fn dtype_of(precision: Precision) -> DType {
     match precision {
@@ -130,9 +145,13 @@ impl CudaOps {
         if table.is_in_host_memory() {
             return self.add_gathered(dy, by_token, table);
         }
-        let (width, dtype) = (table.columns(), dy.dtype());
+        self.add_rows(dy, &self.rows_to_add(by_token, table)?)
+    }
+
+    /// Brings to the device where the rows of gradients go.
+    pub(crate) fn rows_to_add(&self, by_token: &ByToken, table: &Param) -> Result<RowsToAdd> {
         let order = self.upload(by_token.order())?;
-        let mut first = 0;
+        let (mut first, mut tiles) = (0, Vec::new());
         for tile in self.tiles(table)? {
             // Tokens are sorted, so those of a tile are neighbours.
             let own = first..first + by_token.count_below(first, tile.row_start + tile.rows);
@@ -140,36 +159,47 @@ impl CudaOps {
             if own.is_empty() || tile.gradient.is_null() {
                 continue;
             }
-            let segments = Segments::new(by_token, own, tile.row_start);
-            let Segments { starts, targets, long, places } = segments;
-            let (count, long_count) = (targets.len(), long.len() / 3);
-            // One copy brings all three.
-            let lists = self.upload(&[&starts[..], &targets, &long].concat())?;
+            let Segments { starts, targets, long, places } = Segments::new(by_token, own, tile.row_start);
+            tiles.push(TileToAdd {
+                gradient: tile.gradient as u64,
+                // One copy brings all three.
+                lists: self.upload(&[&starts[..], &targets, &long].concat())?,
+                segments: targets.len(),
+                long: long.len() / 3,
+                places: places as usize,
+            });
+        }
+        Ok(RowsToAdd { order, tiles })
+    }
+
+    /// Adds rows of `dy` to the gradients of a bound table.
+    pub(crate) fn add_rows(&self, dy: &Tensor, rows: &RowsToAdd) -> Result<()> {
+        let (width, dtype) = (dy.dim(D::Minus1)?, dy.dtype());
+        for tile in &rows.tiles {
             let list = |elements: usize| {
-                Ok::<_, candle_core::Error>(Arg::Pointer(self.address(&lists)? + 4 * elements as u64))
+                Ok::<_, candle_core::Error>(Arg::Pointer(self.address(&tile.lists)? + 4 * elements as u64))
             };
-            let partial = self.uninitialised((places as usize, width), DType::F32)?;
-            let (gradient, width_arg) = (Arg::Pointer(tile.gradient as u64), Arg::I32(width as i32));
+            let partial = self.uninitialised((tile.places, width), DType::F32)?;
+            let (gradient, width_arg) = (Arg::Pointer(tile.gradient), Arg::I32(width as i32));
             let args = [
                 self.pointer(dy)?,
-                self.pointer(&order)?,
+                self.pointer(&rows.order)?,
                 list(0)?,
-                list(starts.len())?,
+                list(tile.segments + 1)?,
                 gradient,
                 self.pointer(&partial)?,
-                Arg::I32(count as i32),
+                Arg::I32(tile.segments as i32),
                 width_arg,
             ];
-            let grid = self.at_once(row_grid(count, width, dtype, 2048));
+            let grid = self.at_once(row_grid(tile.segments, width, dtype, 2048));
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward"), grid, &args)?;
-            if long_count == 0 {
+            if tile.long == 0 {
                 continue;
             }
-            let list = list(starts.len() + count)?;
-            let args = [self.pointer(&partial)?, list, gradient, Arg::I32(long_count as i32), width_arg];
-            let columns = width.div_ceil(COLUMNS_PER_BLOCK) as u32;
-            let mut grid = Grid::linear(long_count as u64, 256);
-            grid.blocks[1] = columns;
+            let list = list(2 * tile.segments + 1)?;
+            let args = [self.pointer(&partial)?, list, gradient, Arg::I32(tile.long as i32), width_arg];
+            let mut grid = Grid::linear(tile.long as u64, 256);
+            grid.blocks[1] = width.div_ceil(COLUMNS_PER_BLOCK) as u32;
             self.launch(&self.embedding, kernel!(dtype, "embedding_backward_long"), grid, &args)?;
         }
         Ok(())

@@ -233,9 +233,8 @@ impl Report {
         self.time("embedding_forward", shape(), Need::Bytes(touched + all), |ops| {
             ops.look_up(&on_device, &[BATCH, TIME], &table.param).map(drop)
         })?;
-        self.time_class(("embedding_backward", "embedding"), shape(), Need::Bytes(all + 2.0 * touched), |ops| {
-            ops.embedding_backward(&x, &by_token, &table.param)
-        })?;
+        let rows = self.clock.ops.rows_to_add(&by_token, &table.param)?;
+        self.time("embedding_backward", shape(), Need::Bytes(all + 2.0 * touched), |ops| ops.add_rows(&x, &rows))?;
         let places = TIME as f64 * row;
         self.time("positions_forward", shape(), Need::Bytes(2.0 * all + places), |ops| {
             ops.positions_forward(&x, &positions.param).map(drop)

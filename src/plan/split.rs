@@ -22,7 +22,7 @@ const STEPPED_BY_CORE: f64 = 3.8e8;
 const TIMED: usize = 64 << 20;
 const REPEATS: usize = 20;
 /// What is left of that rate while a GPU is fed, the bytes of its copies not counted.
-const BESIDE_A_GPU: f64 = 0.91;
+const BESIDE_A_GPU: f64 = 0.95;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 

@@ -99,6 +99,30 @@ fn plan_says_whether_it_fits_by_its_exit_code() {
 }
 
 #[test]
+fn activations_keep_their_buffers_where_a_gpu_has_room_for_the_whole_model() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = tiny(directory.path(), "");
+    let plan = |sets: &[&str]| {
+        let sets: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+        let head = ["plan", config.to_str().unwrap(), "--json", "--compute", "1", "--link", "1", "--host", "1"];
+        last_json(&patrickstar(&[&head[..], &sets].concat()))
+    };
+    let buffers = |plan: &Value| plan["buffers"].as_u64().unwrap();
+    let number = |plan: &Value, key: &str| plan["tiers"][0][key].as_u64().unwrap();
+    let roomy = plan(&["compute.device=cuda", "memory.device=1GiB"]);
+    assert_eq!(buffers(&roomy), number(&roomy, "non_model"), "{roomy}");
+    assert!(buffers(&roomy) > 0);
+    assert_eq!(roomy["split"]["resident"].as_u64().unwrap() * 4, roomy["chunks"].as_u64().unwrap(), "{roomy}");
+    // Where the model has room and they have not, and with a number of bytes nobody asks whether they have.
+    let chunks = roomy["chunks"].as_u64().unwrap() * roomy["chunk"].as_u64().unwrap();
+    let full = format!("memory.device={}", chunks + buffers(&roomy) * 3 / 2);
+    assert_eq!(buffers(&plan(&["compute.device=cuda", &full])), 0);
+    assert_eq!(buffers(&plan(&["compute.device=cuda", &full, "memory.buffers=4096"])), 4096);
+    assert_eq!(buffers(&plan(&["compute.device=cuda", "memory.device=1GiB", "memory.buffers=0"])), 0);
+    assert_eq!(buffers(&plan(&["memory.device=1GiB"])), 0, "the host's allocator keeps what it likes");
+}
+
+#[test]
 fn mistakes_are_one_line_that_says_what_to_do() {
     let directory = tempfile::tempdir().unwrap();
     let config = tiny(directory.path(), "");

@@ -87,6 +87,8 @@ pub struct Plan {
     pub frugal: bool,
     /// The first ones, whose inputs wait in host memory for the backward pass.
     pub away_layers: u32,
+    /// Device memory that activations which are gone may keep for the next ones.
+    pub buffers: Bytes,
     /// Why it does not fit, and what would make it fit.
     pub problems: Vec<String>,
     /// Chunks that looking up rows leases at once in host memory, and the first groups, to which they belong.
@@ -103,9 +105,6 @@ pub struct Plan {
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
-    /// Device memory that activations which are gone may keep.
-    #[serde(skip)]
-    pub(crate) buffers: Bytes,
     /// Host memory for inputs of blocks, and for rows on their way.
     #[serde(skip)]
     activations_on_host: Bytes,
@@ -284,6 +283,7 @@ impl Plan {
             let all = Bytes(reserved(keeping).0 + non_model(keeping).0);
             if model.is_some() && rest.is_none() && plan.room(config, all).holds_all() {
                 plan.buffers = non_model(keeping);
+                plan.reserved = all;
             }
         }
         plan.place(config, program, Bytes(non_model(keeping).0 + buffers.0));

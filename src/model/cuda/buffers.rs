@@ -14,12 +14,26 @@ use std::sync::Arc;
 use candle_core::{DType, Result, Shape, Tensor};
 use patrickstar_actors::types::Bytes;
 
+/// A size that has not come while so many others did will not come soon: those of several steps.
+const STALE: u64 = 20_000;
+
 /// Buffers by type and number of elements.
 #[derive(Default)]
 pub(super) struct Buffers {
     limit: Bytes,
     held: Bytes,
-    by_size: HashMap<(DType, usize), Vec<Tensor>>,
+    by_size: HashMap<Size, Kept>,
+    /// Counts what is asked for.
+    clock: u64,
+}
+
+type Size = (DType, usize);
+
+/// The buffers of a size.
+#[derive(Default)]
+struct Kept {
+    buffers: Vec<Tensor>,
+    last_used: u64,
 }
 
 fn bytes(dtype: DType, elements: usize) -> u64 {
@@ -50,22 +64,50 @@ impl Buffers {
     }
 
     /// A buffer that nobody uses any more.
-    pub fn take(&self, shape: &Shape, dtype: DType) -> Result<Option<Tensor>> {
-        let Some(buffers) = self.by_size.get(&(dtype, shape.elem_count())) else { return Ok(None) };
-        let Some(free) = buffers.iter().find(|buffer| handles(buffer) == 1) else { return Ok(None) };
+    pub fn take(&mut self, shape: &Shape, dtype: DType) -> Result<Option<Tensor>> {
+        let Some(kept) = self.by_size.get_mut(&(dtype, shape.elem_count())) else { return Ok(None) };
+        let Some(free) = kept.buffers.iter().find(|buffer| handles(buffer) == 1) else { return Ok(None) };
+        self.clock += 1;
+        kept.last_used = self.clock;
         if free.shape() == shape { Ok(Some(free.clone())) } else { free.reshape(shape).map(Some) }
     }
 
-    /// Whether a new buffer of this size would be kept.
-    pub fn wants(&self, dtype: DType, elements: usize) -> bool {
-        self.held.0 + bytes(dtype, elements) <= self.limit.0
+    /// Whether a new buffer of this size would be kept. Those that nobody uses make room for it if their sizes do not come any
+    /// more: a text that grows has each size once.
+    pub fn wants(&mut self, dtype: DType, elements: usize) -> bool {
+        let need = bytes(dtype, elements);
+        self.clock += 1;
+        while self.held.0 + need > self.limit.0 {
+            let is_stale = |kept: &Kept| {
+                self.clock - kept.last_used > STALE && kept.buffers.iter().any(|buffer| handles(buffer) == 1)
+            };
+            let stale = self.by_size.iter().find(|(_, kept)| is_stale(kept)).map(|(&size, _)| size);
+            let Some(stale) = stale else { return false };
+            self.forget(stale);
+        }
+        true
+    }
+
+    /// Lets go of the buffers of a size that nobody uses.
+    fn forget(&mut self, size: Size) {
+        let Some(kept) = self.by_size.get_mut(&size) else { return };
+        let before = kept.buffers.len();
+        kept.buffers.retain(|buffer| handles(buffer) > 1);
+        let forgotten = (before - kept.buffers.len()) as u64;
+        self.held.0 -= forgotten * bytes(size.0, size.1);
+        if kept.buffers.is_empty() {
+            self.by_size.remove(&size);
+        }
     }
 
     /// Keeps the memory of `buffer`, a variable that was just made.
     pub fn keep(&mut self, buffer: &Tensor) {
         let (dtype, elements) = (buffer.dtype(), buffer.elem_count());
         self.held.0 += bytes(dtype, elements);
-        self.by_size.entry((dtype, elements)).or_default().push(buffer.clone());
+        self.clock += 1;
+        let kept = self.by_size.entry((dtype, elements)).or_default();
+        kept.buffers.push(buffer.clone());
+        kept.last_used = self.clock;
     }
 }
 
@@ -116,5 +158,31 @@ mod tests {
         assert_eq!(again.dims(), [8, 3]);
         assert!(buffers.take(&shape, DType::F32).unwrap().is_none(), "it is in use again");
         assert!(buffers.take(&shape, DType::F16).unwrap().is_none());
+    }
+
+    #[test]
+    fn sizes_that_do_not_come_any_more_make_room_for_new_ones() {
+        let mut buffers = Buffers::default();
+        buffers.restart(Bytes(250));
+        let keep = |buffers: &mut Buffers, shape| {
+            let buffer = variable(shape);
+            assert!(buffers.wants(DType::F32, buffer.elem_count()));
+            buffers.keep(&buffer);
+            buffer
+        };
+        let in_use = keep(&mut buffers, (4, 6));
+        drop(keep(&mut buffers, (4, 5)));
+        drop(keep(&mut buffers, (3, 5)));
+        assert!(!buffers.wants(DType::F32, 10), "all sizes come");
+        buffers.clock += STALE;
+        assert!(buffers.take(&Shape::from((4, 5)), DType::F32).unwrap().is_some());
+        drop(keep(&mut buffers, (2, 5)));
+        assert!(buffers.take(&Shape::from((3, 5)), DType::F32).unwrap().is_none(), "it went for the last");
+        assert!(buffers.take(&Shape::from((4, 5)), DType::F32).unwrap().is_some());
+        buffers.clock += STALE + 1;
+        assert!(!buffers.wants(DType::F32, 60), "what is in use stays");
+        drop(in_use);
+        assert!(buffers.wants(DType::F32, 60));
+        assert_eq!(buffers.held, Bytes(0));
     }
 }

@@ -137,7 +137,8 @@ impl Kernels {
     /// Queues `name` on `stream`.
     ///
     /// # Safety
-    /// The arguments must be those of the kernel, and every address must stay valid until the stream has passed it.
+    /// The arguments must be those of the kernel, and every address must stay valid until the stream has passed it. With an
+    /// overlapping grid the kernel must wait for the one before it ahead of all accesses to memory.
     pub unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,

@@ -123,9 +123,9 @@ impl Products {
         Ok(Products { library, replays: Replays::new(stream)?, stream: Arc::clone(stream) })
     }
 
-    /// Products that are recorded.
-    pub fn recorded(&self) -> usize {
-        self.replays.recorded()
+    /// Products that were queued without the library.
+    pub fn replayed(&self) -> u64 {
+        self.replays.replayed()
     }
 
     /// Queues a product.

@@ -14,7 +14,7 @@ const MOST_FORWARD_THREADS: usize = 256;
 const NARROW_PACKS: usize = 512;
 const STAGED_BYTES: u32 = 96 << 10;
 /// Blocks of the backward kernels, and so partial sums: they decide the order of additions, so they are as many on every
-/// GPU. One keeps each of an H100's 132 multiprocessors busy.
+/// GPU. With one for nearly each of an H100's 132 multiprocessors memory is busier than with two.
 const NORM_PARTIALS: usize = 128;
 /// Partial sums of `column_sums`: few, since the last block of each tile adds them.
 const SUM_PARTIALS: usize = 32;

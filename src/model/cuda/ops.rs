@@ -226,9 +226,9 @@ impl CudaOps {
         }
     }
 
-    /// Matrix products that are queued as they were recorded.
-    pub fn recorded_products(&self) -> Result<usize> {
-        Ok(self.products.lock().map_err(message)?.recorded())
+    /// How many matrix products were queued as they had been recorded.
+    pub fn replayed_products(&self) -> Result<u64> {
+        Ok(self.products.lock().map_err(message)?.replayed())
     }
 
     /// From now on the memory of up to `limit` bytes of activations is kept for the next ones of their size.
@@ -335,8 +335,8 @@ impl CudaOps {
 
     /// Queues a kernel.
     pub(super) fn launch(&self, kernels: &Kernels, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
-        // SAFETY: callers pass the arguments that the kernel's source lists, from live tensors or leased chunks; memory is
-        // freed in the order of this stream.
+        // SAFETY: callers pass the arguments that the kernel's source lists, from live tensors or leased chunks, and an
+        // overlapping grid to kernels that wait; memory is freed in the order of this stream.
         unsafe { kernels.launch(&self.stream, name, grid, args) }.map_err(message)
     }
 }

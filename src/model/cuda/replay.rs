@@ -21,13 +21,14 @@ use super::ops::message;
 /// A call is recorded when it has come this often: where chunks travel many addresses come once, and recording costs as much
 /// as several calls.
 const SIGHTINGS: u32 = 2;
-/// Calls of a generation: those of a few steps.
-const GENERATION: usize = 2048;
-/// What a library may ask of a launch besides its size.
-const ATTRIBUTES: [Id; 7] = [
+/// New calls after which those that have not come since as many were new are forgotten: more than a step has. What is known of
+/// one takes a few KiB of host memory.
+const GENERATION: usize = 4096;
+/// What decides how blocks run together. A kernel whose launch does not tell these is not recorded.
+const DECISIVE: [Id; 2] = [Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE, Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION];
+/// What else a library may ask of a launch; no result depends on it.
+const HINTS: [Id; 5] = [
     Id::CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW,
-    Id::CU_LAUNCH_ATTRIBUTE_COOPERATIVE,
-    Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
     Id::CU_LAUNCH_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE,
     Id::CU_LAUNCH_ATTRIBUTE_PRIORITY,
     Id::CU_LAUNCH_ATTRIBUTE_MEM_SYNC_DOMAIN_MAP,
@@ -130,25 +131,31 @@ pub(super) enum Way<'a, G> {
     Anew,
 }
 
-/// The calls of late. When there are too many of them those that have not come since there were too many the last time are
-/// forgotten.
+/// The calls of late. When a generation of new ones has come, those are forgotten that have not come since the last time.
 pub(super) struct Calls<K, G> {
     recent: HashMap<K, Known<G>>,
     earlier: HashMap<K, Known<G>>,
+    /// New ones among the recent. Those that come again do not count: they would drive each other out where a step has more
+    /// than a generation.
+    new: usize,
     generation: usize,
 }
 
 impl<K: Eq + Hash + Clone, G> Calls<K, G> {
     pub fn new(generation: usize) -> Self {
-        Calls { recent: HashMap::new(), earlier: HashMap::new(), generation }
+        Calls { recent: HashMap::new(), earlier: HashMap::new(), new: 0, generation }
     }
 
     /// Counts a sighting of `call`.
     pub fn way(&mut self, call: &K) -> Way<'_, G> {
         if !self.recent.contains_key(call) {
-            let known = self.earlier.remove(call).unwrap_or(Known::Seen(0));
-            if self.recent.len() >= self.generation {
+            let known = self.earlier.remove(call).unwrap_or_else(|| {
+                self.new += 1;
+                Known::Seen(0)
+            });
+            if self.new > self.generation {
                 self.earlier = std::mem::take(&mut self.recent);
+                self.new = 1;
             }
             self.recent.insert(call.clone(), known);
         }
@@ -166,12 +173,6 @@ impl<K: Eq + Hash + Clone, G> Calls<K, G> {
     pub fn keep(&mut self, call: &K, recording: Option<G>) {
         self.recent.insert(call.clone(), recording.map_or(Known::Unrecorded, Known::Recorded));
     }
-
-    /// Calls that are recorded.
-    pub fn recorded(&self) -> usize {
-        let all = self.recent.values().chain(self.earlier.values());
-        all.filter(|known| matches!(known, Known::Recorded(_))).count()
-    }
 }
 
 /// Records calls on a stream of its own, on which nothing ever runs.
@@ -186,7 +187,8 @@ impl Recorder {
         Ok(Recorder { stream })
     }
 
-    /// What `call` queues on the stream that it gets; `None` if that is more than a kernel and what is cleared before it.
+    /// What `call` queues on the stream that it gets; `None` if that is more than one or two kernels
+    /// and clearings.
     pub fn record(&self, call: impl FnOnce(&CudaStream) -> Result<()>) -> Result<Option<Recording>> {
         let stream = self.stream.cu_stream();
         // Other threads allocate and register memory meanwhile, which has nothing to do with what is recorded.
@@ -196,8 +198,10 @@ impl Recorder {
         let called = call(&self.stream);
         // SAFETY: as above; a capture ends whatever came of the call.
         let graph = unsafe { result::stream::end_capture(stream) }.map_err(message);
+        // Owned from here on: a call that fails has its graph as well.
+        let recording = graph.map(|graph| Recording { graph, work: Vec::new() });
         called?;
-        let mut recording = Recording { graph: graph?, work: Vec::new() };
+        let mut recording = recording?;
         for node in nodes(recording.graph).map_err(message)? {
             match work(node).map_err(message)? {
                 Some(work) => recording.work.push(work),
@@ -249,7 +253,12 @@ fn work(node: sys::CUgraphNode) -> std::result::Result<Option<Work>, DriverError
                 } else {
                     parameters.func
                 };
-                let attributes = ATTRIBUTES.into_iter().filter_map(|id| attribute(node, id)).collect();
+                let decisive = DECISIVE.map(|id| attribute(node, id));
+                if decisive.iter().any(std::result::Result::is_err) {
+                    return Ok(None);
+                }
+                let all = decisive.into_iter().chain(HINTS.map(|id| attribute(node, id)));
+                let attributes = all.filter_map(|attribute| attribute.ok().flatten()).collect();
                 Ok(Some(Work::Kernel { function, parameters, attributes }))
             }
             _ => Ok(None),
@@ -257,18 +266,21 @@ fn work(node: sys::CUgraphNode) -> std::result::Result<Option<Work>, DriverError
     }
 }
 
-/// An attribute of a kernel's launch, if it has one that is not the default.
+/// An attribute of a kernel's launch, if it is not all zeros.
 ///
 /// # Safety
 /// A node of a live graph that is a kernel.
-unsafe fn attribute(node: sys::CUgraphNode, id: Id) -> Option<sys::CUlaunchAttribute> {
+unsafe fn attribute(
+    node: sys::CUgraphNode,
+    id: Id,
+) -> std::result::Result<Option<sys::CUlaunchAttribute>, DriverError> {
     let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
     // SAFETY: by this function's contract; every bit pattern is a value of the padding.
     let is_set = unsafe {
-        let status = sys::cuGraphKernelNodeGetAttribute(node, id, &raw mut value);
-        status == sys::CUresult::CUDA_SUCCESS && value.pad.iter().any(|&byte| byte != 0)
+        sys::cuGraphKernelNodeGetAttribute(node, id, &raw mut value).result()?;
+        value.pad.iter().any(|&byte| byte != 0)
     };
-    is_set.then_some(sys::CUlaunchAttribute { id, pad: [0; 4], value })
+    Ok(is_set.then_some(sys::CUlaunchAttribute { id, pad: [0; 4], value }))
 }
 
 /// What `call` writes to the place that it gets.
@@ -287,12 +299,13 @@ pub(super) struct Replays<K> {
     calls: Calls<K, Recording>,
     /// Gone where the library does not let itself be recorded.
     recorder: Option<Recorder>,
+    replayed: u64,
 }
 
 impl<K: Eq + Hash + Clone> Replays<K> {
     /// For `stream`.
     pub fn new(stream: &CudaStream) -> Result<Self> {
-        Ok(Replays { calls: Calls::new(GENERATION), recorder: Some(Recorder::new(stream)?) })
+        Ok(Replays { calls: Calls::new(GENERATION), recorder: Some(Recorder::new(stream)?), replayed: 0 })
     }
 
     /// Queues `call` on `stream`, by `anew` or as it was recorded.
@@ -307,8 +320,11 @@ impl<K: Eq + Hash + Clone> Replays<K> {
     ) -> Result<()> {
         let Some(recorder) = &self.recorder else { return anew(stream) };
         match self.calls.way(call) {
-            // SAFETY: by this function's contract.
-            Way::Again(recording) => return unsafe { recording.queue(stream) },
+            Way::Again(recording) => {
+                self.replayed += 1;
+                // SAFETY: by this function's contract.
+                return unsafe { recording.queue(stream) };
+            }
             Way::Anew => return anew(stream),
             Way::ToRecord => {}
         }
@@ -317,14 +333,15 @@ impl<K: Eq + Hash + Clone> Replays<K> {
             Err(error) => {
                 tracing::warn!("matrix products are not recorded, so queuing a step takes longer: {error}");
                 self.recorder = None;
+                self.calls = Calls::new(GENERATION);
             }
         }
         anew(stream)
     }
 
-    /// Calls that are recorded.
-    pub fn recorded(&self) -> usize {
-        self.calls.recorded()
+    /// How often a recorded call was queued without the library.
+    pub fn replayed(&self) -> u64 {
+        self.replayed
     }
 }
 
@@ -340,23 +357,38 @@ mod tests {
         calls.keep(&call, Some(10 * call));
     }
 
+    fn is_recorded(calls: &mut Calls<u32, u32>, call: u32) -> bool {
+        matches!(calls.way(&call), Way::Again(&mut recording) if recording == 10 * call)
+    }
+
     #[test]
     fn what_came_often_is_recorded_and_kept_while_it_comes() {
         let mut calls = Calls::new(4);
         record(&mut calls, 1);
         record(&mut calls, 2);
-        assert_eq!(calls.recorded(), 2);
         // Two generations of calls that come once; 1 comes in each.
         for once in 100..110 {
             assert!(matches!(calls.way(&once), Way::Anew));
             if once % 2 == 0 {
-                assert!(matches!(calls.way(&1), Way::Again(&mut 10)));
+                assert!(is_recorded(&mut calls, 1));
             }
         }
-        assert_eq!(calls.recorded(), 1, "2 has not come since");
-        assert!(matches!(calls.way(&2), Way::Anew));
-        assert!(calls.recent.len() + calls.earlier.len() <= 8);
+        assert!(matches!(calls.way(&2), Way::Anew), "2 has not come since");
+        assert!(calls.recent.len() + calls.earlier.len() <= 4 * 4);
         calls.keep(&2, None);
         assert!(matches!(calls.way(&2), Way::Anew), "it was not understood");
+    }
+
+    #[test]
+    fn a_step_of_more_calls_than_a_generation_has_all_of_them_recorded() {
+        let mut calls = Calls::new(8);
+        for _ in 0..3 {
+            for call in 0..12 {
+                if matches!(calls.way(&call), Way::ToRecord) {
+                    calls.keep(&call, Some(10 * call));
+                }
+            }
+        }
+        assert!((0..12).all(|call| is_recorded(&mut calls, call)));
     }
 }

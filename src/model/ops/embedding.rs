@@ -23,7 +23,7 @@ pub fn embedding(ids: &Activation, table: &Param) -> Result<Activation> {
         move || on!(&compute, embedding_forward(&values, &dims, &table))
     };
     let dtype = compute.activation_dtype(table.precision());
-    // The backward pass needs it at the end: there is time for another thread to work it out.
+    // Another thread works it out: this one queues the device's work, or waits while much of that is queued.
     let by_token = ids.tape().is_recording().then(|| Later::new(move || ByToken::new(values)));
     ids.tape().record_deferred(dims, dtype, forward, move |dy, _| match by_token.and_then(Later::get) {
         Some(by_token) => on!(&compute, embedding_backward(&dy, &by_token, &table)),

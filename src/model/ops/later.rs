@@ -1,5 +1,7 @@
 //! Values that another thread works out while the model's goes on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use flume::Receiver;
 
 /// A value that is asked for later.
@@ -10,13 +12,16 @@ impl<T: Send + 'static> Later<T> {
     pub fn new(value: impl FnOnce() -> T + Send + 'static) -> Self {
         let (sender, receiver) = flume::bounded(1);
         rayon::spawn(move || {
-            // Nobody asks for it any more where the step has failed.
-            let _ = sender.send(value());
+            // A panic ends the process in rayon's pool; caught, it fails the step of who waits, with its message printed.
+            if let Ok(value) = catch_unwind(AssertUnwindSafe(value)) {
+                // Nobody asks for it any more where the step has failed.
+                let _ = sender.send(value);
+            }
         });
         Later(receiver)
     }
 
-    /// The value, waiting for it if need be; `None` where its thread has died.
+    /// The value, waiting for it if need be; `None` where working it out panicked.
     pub fn get(self) -> Option<T> {
         self.0.recv().ok()
     }
@@ -39,5 +44,10 @@ mod tests {
         has_begun.recv().unwrap();
         release.send(7).unwrap();
         assert_eq!(later.get(), Some(7));
+    }
+
+    #[test]
+    fn a_panic_is_no_value() {
+        assert_eq!(Later::<u32>::new(|| panic!("on purpose")).get(), None);
     }
 }

@@ -47,11 +47,12 @@ fn a_product_that_comes_again_is_recorded_and_reads_what_is_there_now() {
         let [first, second] = [&x, &other].map(|x| product(&place, x, params));
         assert!(first != second);
         let before = replayed();
-        for time in 0..6 {
+        // More often than needed: an engine of another test may take the results' memory away between two of them.
+        for time in 0..40 {
             assert_same_bits(&format!("time {time}"), &product(&place, &x, params), &first);
         }
-        // Other tests may have theirs on the same GPU meanwhile: exact where this one runs alone.
-        assert!(replayed() >= before + 5);
+        // Other tests may have theirs on the same GPU meanwhile: this counts for certain where the test runs alone.
+        assert!(replayed() >= before + 20);
         // Other numbers at the same place.
         x.slice_set(&other, 0, 0).unwrap();
         assert_same_bits("of other numbers", &product(&place, &x, params), &second);

@@ -18,7 +18,7 @@ fn command(directory: &Path, output: &str) -> Command {
         "model.layers=2".into(),
         "model.heads=2".into(),
         "model.context=32".into(),
-        "memory.device=4MB".into(),
+        "memory.device=3MB".into(),
         "memory.chunk=32KiB".into(),
         format!("train.steps={STEPS}"),
         "train.batch=4".into(),

@@ -170,8 +170,13 @@ impl SplitRoom {
     }
 
     fn resident_beside(&self, reserve: u32) -> u32 {
+        let most = self.groups.saturating_sub(self.looked_up);
+        // Where every chunk has a slot, gradients included, nothing passes.
+        if self.slots >= self.groups * (self.persistent + 1) {
+            return most;
+        }
         let each = self.persistent + u32::from(self.together);
-        (self.slots.saturating_sub(reserve) / each.max(1)).min(self.groups.saturating_sub(self.looked_up))
+        (self.slots.saturating_sub(reserve) / each.max(1)).min(most)
     }
 
     /// Whether everything that may live on the device does.
@@ -302,5 +307,9 @@ mod tests {
         assert_eq!(SplitRoom { tight: true, ..room }.most_resident(), (60 - 5) / 6);
         // Gradients that wait for the last one take a slot each.
         assert_eq!(SplitRoom { together: true, ..room }.most_resident(), 7);
+        // Where each of the 32 groups has a slot for its 6 chunks and its gradient nothing passes, however much an access takes.
+        let full = SplitRoom { slots: 32 * 7, working_set: 40, together: true, ..room };
+        assert!(full.holds_all());
+        assert!(!SplitRoom { slots: full.slots - 1, ..full }.holds_all());
     }
 }

@@ -33,7 +33,7 @@ fn config(directory: &Path) -> PathBuf {
     std::fs::write(&text, "what flows down comes up again, \"in time\".\n".repeat(200)).unwrap();
     let path = directory.join("small.toml");
     let settings = format!(
-        "[model]\nhidden = 32\nlayers = 2\nheads = 2\ncontext = 32\n[memory]\ndevice = \"4MB\"\nchunk = \"32KiB\"\n\
+        "[model]\nhidden = 32\nlayers = 2\nheads = 2\ncontext = 32\n[memory]\ndevice = \"3MB\"\nchunk = \"32KiB\"\n\
          [train]\nsteps = 12\nbatch = 4\nseq_len = 32\nseed = 3\nlog_every = 1\noutput = \"{}\"\n[data]\npath = \"{}\"\n",
         directory.join("run").display(),
         text.display()

@@ -27,7 +27,7 @@ fn config(directory: &Path, output: &str) -> Config {
     config.data.path = directory.join("text.txt");
     config.checkpoint.every = 30;
     // Narrow, so that chunks have to move and policies matter.
-    config.memory.device = "4MB".parse().unwrap();
+    config.memory.device = "3MB".parse().unwrap();
     config.memory.chunk = "32KiB".parse().unwrap();
     std::fs::write(&config.data.path, "pack my box with five dozen liquor jugs. ".repeat(100)).unwrap();
     config

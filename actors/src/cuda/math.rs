@@ -24,30 +24,67 @@ pub struct ChunkMath {
     sums: Mutex<Sums>,
 }
 
-/// A growing buffer of numbers in device memory.
+/// Growing room for numbers in device memory, and for as many in pinned host memory: a copy to ordinary memory keeps this
+/// thread spinning in the driver, whose locks the compute thread wants at the same time.
 struct Sums {
     context: Arc<CudaContext>,
-    address: sys::CUdeviceptr,
+    on_device: sys::CUdeviceptr,
+    on_host: *mut f64,
     capacity: usize,
 }
 
+// SAFETY: both allocations belong to this value alone, which is used under a lock; the driver takes them back on any thread.
+unsafe impl Send for Sums {}
+
 impl Sums {
-    /// The buffer, with room for `count`; work on a smaller one must be over.
-    fn reserve(&mut self, count: usize) -> Result<sys::CUdeviceptr, DriverError> {
+    fn new(context: Arc<CudaContext>) -> Self {
+        Sums { context, on_device: 0, on_host: std::ptr::null_mut(), capacity: 0 }
+    }
+
+    /// Makes room for `count`; work on a smaller one must be over.
+    fn reserve(&mut self, count: usize) -> Result<(), DriverError> {
         if count > self.capacity {
             self.context.bind_to_thread()?;
             self.release();
-            // SAFETY: a plain allocation, freed by `release`.
-            self.address = unsafe { result::malloc_sync(count * size_of::<f64>()) }?;
-            self.capacity = count;
+            let capacity = count.next_power_of_two();
+            let bytes = capacity * size_of::<f64>();
+            // SAFETY: plain allocations, freed by `release`. The host's is cleared before anybody reads it as numbers.
+            unsafe {
+                self.on_device = result::malloc_sync(bytes)?;
+                self.on_host = result::malloc_host(bytes, sys::CU_MEMHOSTALLOC_PORTABLE)?.cast();
+                self.on_host.write_bytes(0, capacity);
+            }
+            self.capacity = capacity;
         }
-        Ok(self.address)
+        Ok(())
+    }
+
+    /// The first `count` numbers, once the kernels queued on `stream` have written them.
+    fn read(&mut self, count: usize, stream: &CudaStream) -> Result<&[f64], DriverError> {
+        if count == 0 {
+            return Ok(&[]);
+        }
+        debug_assert!(count <= self.capacity);
+        // SAFETY: `reserve` made room for them; nobody else has a reference, and the copy is over before this one is read.
+        let values = unsafe { std::slice::from_raw_parts_mut(self.on_host, count) };
+        // SAFETY: as above; the device's room has as many.
+        unsafe { result::memcpy_dtoh_async(values, self.on_device, stream.cu_stream()) }?;
+        sleep_until_done(stream)?;
+        Ok(values)
     }
 
     fn release(&mut self) {
-        if std::mem::take(&mut self.capacity) > 0 {
-            // SAFETY: allocated by `reserve`; nobody uses it any more.
-            let _ = unsafe { result::free_sync(self.address) };
+        self.capacity = 0;
+        let (device, host) =
+            (std::mem::take(&mut self.on_device), std::mem::replace(&mut self.on_host, std::ptr::null_mut()));
+        // SAFETY: allocated by `reserve`, each at most once; nobody uses them any more.
+        unsafe {
+            if device != 0 {
+                let _ = result::free_sync(device);
+            }
+            if !host.is_null() {
+                let _ = result::free_host(host.cast());
+            }
         }
     }
 }
@@ -69,7 +106,7 @@ impl ChunkMath {
     /// On `stream` of `gpu`, in the order of what else is queued there.
     pub fn on(gpu: Arc<Gpu>, stream: Arc<CudaStream>) -> Self {
         let context = Arc::clone(gpu.context());
-        ChunkMath { gpu, stream, sums: Mutex::new(Sums { context, address: 0, capacity: 0 }) }
+        ChunkMath { gpu, stream, sums: Mutex::new(Sums::new(context)) }
     }
 }
 
@@ -121,14 +158,14 @@ impl DeviceMath for ChunkMath {
     unsafe fn row_sums(&self, precision: Precision, gradients: &[Rows]) -> Result<Vec<Vec<f64>>, MemoryError> {
         let failed = |error| device_error("measure a gradient", error);
         let total: usize = gradients.iter().map(|gradient| gradient.rows).sum();
-        let mut buffer = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
-        let sums = buffer.reserve(total).map_err(failed)?;
+        let mut sums = self.sums.lock().unwrap_or_else(PoisonError::into_inner);
+        sums.reserve(total).map_err(failed)?;
         let name = match precision {
             Precision::Fp32 => "row_sums_f32",
             Precision::Bf16 => "row_sums_bf16",
             Precision::Fp16 => "row_sums_fp16",
         };
-        let mut place = sums;
+        let mut place = sums.on_device;
         for &Rows { gradient, rows, columns } in gradients {
             let (rows, columns) = (rows as u64, columns as u64);
             let args = [Arg::Pointer(gradient as u64), Arg::Pointer(place), Arg::U64(rows), Arg::U64(columns)];
@@ -137,13 +174,7 @@ impl DeviceMath for ChunkMath {
             unsafe { self.gpu.kernels.launch(&self.stream, name, grid, &args)? };
             place += rows * size_of::<f64>() as u64;
         }
-        sleep_until_done(&self.stream).map_err(failed)?;
-        let mut values = vec![0f64; total];
-        // SAFETY: `total` numbers that the kernels wrote; the copy is over before the vector is used or freed.
-        unsafe { result::memcpy_dtoh_async(&mut values, sums, self.stream.cu_stream()) }
-            .and_then(|()| self.stream.synchronize())
-            .map_err(failed)?;
-        let mut rest = &values[..];
+        let mut rest = sums.read(total, &self.stream).map_err(failed)?;
         let of_each = gradients.iter().map(|gradient| {
             let (first, others) = rest.split_at(gradient.rows);
             rest = others;

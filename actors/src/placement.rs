@@ -61,10 +61,14 @@ const STREAMING_DETOUR: f64 = 1.4;
 pub struct SplitWork {
     /// Groups that do not live on the device.
     pub groups: u32,
+    /// Groups that do.
+    pub resident: u32,
     /// Chunks of a group that stay across steps, of which one is the weight.
     pub persistent: u32,
     /// All updates wait for the last gradient, and the next forward pass for them.
     pub together: bool,
+    /// Gradients of the host's updates for which some tier has a place while they wait.
+    pub waiting: u32,
 }
 
 /// What the parts of a step cost, as measured or estimated.
@@ -89,6 +93,10 @@ impl SplitWork {
     /// its gradient is read.
     fn of_an_update(&self) -> f64 {
         1.0 / f64::from(2 * self.persistent + 1)
+    }
+
+    fn resident_share(&self) -> f64 {
+        f64::from(self.resident) / f64::from((self.resident + self.groups).max(1))
     }
 }
 
@@ -115,8 +123,15 @@ impl SplitCosts {
         if work.together {
             return forward.max(host).max(weights + states).max(back) + backward.max(weights).max(gradients);
         }
-        // Updates run under the backward pass and under the next forward pass, which begins with what was updated last.
-        (forward.max(weights) + backward.max(weights + states)).max(host).max(gradients + back)
+        // Updates run under the backward pass and under the next forward pass, which begins with what was updated last. Where
+        // their gradients have no place to wait the backward pass does, and what lives on the device comes after them.
+        let used_at_once = f64::from(on_host.saturating_sub(work.waiting)) / f64::from(on_host.max(1));
+        let held_up = if used_at_once > 0.0 {
+            host.mul_f64(used_at_once) + backward.mul_f64(work.resident_share())
+        } else {
+            Duration::ZERO
+        };
+        (forward.max(weights) + backward.max(weights + states).max(held_up)).max(host).max(gradients + back)
     }
 
     /// The updates by the host's cores that take as long as `updates` beside so many copied chunks.
@@ -195,21 +210,22 @@ impl SplitRoom {
         if self.holds_all() { all } else { self.resident_beside(self.passing() + self.stream()) }
     }
 
+    /// What there is to do beside so many residents, with a place for every gradient.
+    pub fn work(&self, resident: u32) -> SplitWork {
+        let groups = self.groups.saturating_sub(resident);
+        SplitWork { groups, resident, persistent: self.persistent, together: self.together, waiting: groups }
+    }
+
     /// The split that `costs` favour.
     pub fn split(&self, costs: &SplitCosts) -> Split {
         let without = Split { resident: self.most_resident(), streamed: 0 };
         if self.holds_all() || self.slots < self.passing() + self.stream() {
             return without;
         }
-        let work = |resident: u32| SplitWork {
-            groups: self.groups - resident,
-            persistent: self.persistent,
-            together: self.together,
-        };
         let resident = self.resident_beside_a_stream();
-        let beside = work(resident);
+        let beside = self.work(resident);
         let streamed = costs.best_streamed(&beside, beside.groups);
-        let plain = costs.step(&work(without.resident), 0);
+        let plain = costs.step(&self.work(without.resident), 0);
         let worth_it = costs.step(&beside, streamed) < plain.mul_f64(1.0 - STREAMING_GAIN);
         if streamed > 0 && worth_it { Split { resident, streamed } } else { without }
     }
@@ -273,7 +289,7 @@ mod tests {
 
     #[test]
     fn the_host_gets_what_it_can_do_in_time_and_the_link_the_rest() {
-        let work = SplitWork { groups: 32, persistent: 6, together: false };
+        let work = SplitRoom::EXAMPLE.work(0);
         // The host alone hides under compute: nothing is streamed.
         assert_eq!(costs(20, 5).best_streamed(&work, 32), 0);
         // It does not: as few as bring it under.
@@ -291,6 +307,24 @@ mod tests {
         let both = costs(40, 5).best_streamed(&together, 32);
         assert!(both > streamed, "{both}");
         assert!(costs(40, 5).step(&together, both) < costs(40, 5).step(&together, 0));
+    }
+
+    #[test]
+    fn a_backward_pass_whose_gradients_find_no_place_waits_for_the_updates() {
+        // 24 updates of 40 ms each beside copies that take memory too; compute is 250 ms and 750 ms.
+        let costs = SplitCosts { memory_share: 1.0, ..costs(40, 5) };
+        let work = SplitRoom::EXAMPLE.work(8);
+        let host = costs.step(&work, 0);
+        assert!(host > Duration::from_millis(24 * 40));
+        let with = |waiting| costs.step(&SplitWork { waiting, ..work }, 0);
+        // Without harm while what comes after them, and the next forward pass, take longer.
+        assert_eq!(with(23), host);
+        assert_eq!(with(12), host);
+        // A quarter of the backward pass is that of the residents.
+        let expected = Duration::from_millis(250) + host.mul_f64(20.0 / 24.0) + Duration::from_millis(750) / 4;
+        assert!(expected > host);
+        assert_eq!(with(4), expected);
+        assert!(with(0) > with(4));
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::error::RuntimeError;
-use crate::placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
+use crate::placement::{Side, Split, SplitCosts, SplitRoom, spread_sides};
 use crate::stats::{Direction, Stats};
 
 /// Every group has a side.
@@ -100,15 +100,7 @@ impl Splitter {
     }
 
     fn step(&self, split: Split) -> Duration {
-        self.costs.step(&self.work(split), split.streamed)
-    }
-
-    fn work(&self, split: Split) -> SplitWork {
-        SplitWork {
-            groups: self.room.groups.saturating_sub(split.resident),
-            persistent: self.room.persistent,
-            together: self.room.together,
-        }
+        self.costs.step(&self.room.work(split.resident), split.streamed)
     }
 
     fn measure(&mut self, stats: &Stats, elapsed: Duration) {
@@ -132,7 +124,7 @@ impl Splitter {
                 (stats.moves[Direction::HostToDevice as usize] + stats.moves[Direction::DeviceToHost as usize]) as f64;
             let meanwhile = (stats.stepping_on_host.as_secs_f64() / elapsed.as_secs_f64().max(1e-9)).min(1.0);
             let groups = stats.stepped_on_host as f64 / self.parameters;
-            let updates = self.costs.updates(groups, &self.work(self.split), copies * meanwhile);
+            let updates = self.costs.updates(groups, &self.room.work(self.split.resident), copies * meanwhile);
             self.costs.host_step = average(self.costs.host_step, stats.stepping_on_host.div_f64(updates));
         }
     }

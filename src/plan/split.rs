@@ -111,12 +111,22 @@ impl Plan {
         if !is_cuda(&config.compute) {
             return Duration::ZERO;
         }
-        let work = SplitWork {
-            groups: self.room.groups - self.split.resident,
-            persistent: self.room.persistent,
-            together: self.room.together,
-        };
+        let work = SplitWork { waiting: self.places_for_gradients(), ..self.room.work(self.split.resident) };
         self.costs(config, self.kept_layers).step(&work, self.split.streamed)
+    }
+
+    /// Gradients of groups that do not live on the device for which there is a place until their update: below the device
+    /// beside the states, and on it beside the residents and what an access takes.
+    fn places_for_gradients(&self) -> u32 {
+        let SplitRoom { groups, persistent, slots, working_set, .. } = self.room;
+        let (resident, away) = (self.split.resident, groups - self.split.resident);
+        let below = (self.slots.host + self.slots.disk).saturating_sub(persistent * away + self.spare_slots());
+        below + slots.saturating_sub(persistent * resident + working_set)
+    }
+
+    /// A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.
+    fn spare_slots(&self) -> u32 {
+        2 + self.room.persistent
     }
 
     /// Gradients that wait in host memory at most.
@@ -145,9 +155,7 @@ impl Plan {
     /// Slots in host memory: what the tier must have, and what it can use.
     pub(super) fn host_slots(&self, room: &SplitRoom, device: Bytes) -> (u32, u32) {
         let away = room.groups - self.split.resident;
-        // A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.
-        let spare = 2 + room.persistent;
-        let states = room.persistent * away + spare;
+        let states = room.persistent * away + self.spare_slots();
         // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
         // place for them the model waits.
         let gradients = if room.together { away } else { away.min(self.least_gradients()) };

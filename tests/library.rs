@@ -9,6 +9,7 @@ use patrickstar::checkpoint;
 use patrickstar::config::Size;
 use patrickstar::model::{ops, rng};
 use patrickstar::{Activation, Batch, Block, Config, Context, Engine, Init, MicroBatch, ParameterSpec, Params};
+use patrickstar_actors::types::Precision;
 
 struct Dense {
     name: String,
@@ -92,6 +93,21 @@ fn a_loaded_engine_goes_on_with_the_same_bits_under_another_chunk_size() {
     assert_eq!(train(&mut other, 4..8), losses);
     assert_eq!(weights(&other), weights(&engine));
     assert!(other.runtime().stats().chunk_moves() > 0, "nothing travelled: the test shows nothing");
+}
+
+#[test]
+fn peaks_of_a_model_that_lives_on_the_device_are_those_of_its_plan() {
+    for precision in [Precision::Fp32, Precision::Bf16, Precision::Fp16] {
+        let mut config = config("64KiB");
+        config.memory.device = "4MiB".parse().unwrap();
+        config.model.precision = precision;
+        let mut engine = Engine::new(config, blocks(96)).unwrap();
+        train(&mut engine, 0..2);
+        engine.drain().unwrap();
+        for tier in &engine.plan().tiers {
+            assert_eq!(engine.runtime().tier_use(tier.tier).peak, tier.chunk_peak, "{precision:?} {:?}", tier.tier);
+        }
+    }
 }
 
 #[test]

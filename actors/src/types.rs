@@ -89,6 +89,11 @@ impl Kind {
         self as usize
     }
 
+    /// Whether it holds the parameter or a part of it; other kinds begin at zero.
+    pub fn is_weight(self) -> bool {
+        matches!(self, Kind::Weight | Kind::Low | Kind::Master)
+    }
+
     /// The word used in logs, metrics and checkpoints.
     pub fn name(self) -> &'static str {
         match self {

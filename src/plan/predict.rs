@@ -64,8 +64,11 @@ impl Plan {
         let per_kind = |kind: Kind, groups: u64| (kind, Bytes(u64::from(layout.parts(kind)) * groups * self.chunk.0));
         let gradients = per_kind(Kind::Gradient, u64::from(self.waiting_gradients(config)));
         let persistent_kinds = layout.precision().persistent_kinds().iter();
-        let kinds: Vec<(Kind, Bytes)> = persistent_kinds.map(|&kind| per_kind(kind, away)).chain([gradients]).collect();
-        let total: u64 = kinds.iter().map(|(_, bytes)| bytes.0).sum();
+        let kinds: Vec<(Kind, Bytes)> =
+            persistent_kinds.clone().map(|&kind| per_kind(kind, away)).chain([gradients]).collect();
+        // Weights of a group that lives on the device are drawn in host memory, one group after the other.
+        let drawn: u64 = persistent_kinds.filter(|kind| kind.is_weight()).map(|&kind| per_kind(kind, 1).1.0).sum();
+        let total = kinds.iter().map(|(_, bytes)| bytes.0).sum::<u64>().max(if resident > 0 { drawn } else { 0 });
         let host_bytes = Bytes(u64::from(self.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Host,

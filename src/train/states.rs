@@ -62,10 +62,7 @@ fn fill_group(runtime: &Runtime, group: GroupId, draw: impl Fn(usize, &mut [f32]
     let (mut weights, mut zeros) = (Vec::new(), Vec::new());
     for &kind in precision.persistent_kinds() {
         let chunks = layout.group_chunks(group, kind);
-        match kind {
-            Kind::Weight | Kind::Low | Kind::Master => weights.extend_from_slice(chunks),
-            Kind::Momentum | Kind::Variance | Kind::Gradient => zeros.extend_from_slice(chunks),
-        }
+        if kind.is_weight() { &mut weights } else { &mut zeros }.extend_from_slice(chunks);
     }
     runtime.initialise(&weights, |payloads| match (precision, payloads) {
         (Precision::Bf16, [weight, low]) => write(&draw, 0, (Kind::Weight, weight), Some((Kind::Low, low))),

@@ -60,7 +60,7 @@ fn twenty_kills_cost_no_bit() {
     assert!(whole.status.success());
     let began = std::time::Instant::now();
     assert!(command(directory.path(), "timed").output().unwrap().status.success());
-    let run = began.elapsed();
+    let mut run = began.elapsed();
 
     let mut kills = 0;
     let mut round = 0u32;
@@ -74,6 +74,9 @@ fn twenty_kills_cost_no_bit() {
         child.kill().unwrap();
         if child.wait().unwrap().code().is_none() {
             kills += 1;
+        } else {
+            // Got through: the machine was busier when the run was timed.
+            run = run.mul_f64(0.9);
         }
         round += 1;
         assert!(round < 200, "only {kills} of {round} runs could be killed in time");

@@ -4,6 +4,7 @@ use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use patrickstar_actors::memory::numa::usable_nodes;
 use patrickstar_actors::types::Bytes;
 use serde::Serialize;
 
@@ -34,6 +35,7 @@ pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, CliError> {
         neighbours(),
         disk(output_dir),
         huge_pages(),
+        nodes(),
         limits(),
     ];
     let ok = checks.iter().all(|check| check.ok);
@@ -150,6 +152,21 @@ fn huge_pages() -> Check {
     let mode = read_to_string("/sys/kernel/mm/transparent_hugepage/enabled").unwrap_or_else(|_| "unknown".into());
     let reserved = meminfo("HugePages_Total").unwrap_or(0);
     info("huge pages", format!("transparent: {}; reserved: {reserved}", mode.trim()))
+}
+
+fn nodes() -> Check {
+    let nodes = usable_nodes();
+    let numbers: Vec<String> = nodes.iter().map(u32::to_string).collect();
+    info(
+        "numa",
+        match nodes.len() {
+            0 => "the system does not say".to_owned(),
+            1 => format!("one node with cores for this process: {}", numbers[0]),
+            _ => {
+                format!("nodes {}: host memory is spread over them, unless numactl says otherwise", numbers.join(", "))
+            }
+        },
+    )
 }
 
 fn limits() -> Check {

@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 use rayon::prelude::*;
 use rustix::mm::{MapFlags, MprotectFlags, ProtFlags, mmap_anonymous, mprotect, munmap};
 
-use super::{MemoryError, SlotIndex, limits};
+use super::{MemoryError, SlotIndex, limits, numa};
 use crate::types::{Bytes, Tier};
 
 /// Slots start on a cache line, so vector loads never straddle one.
@@ -53,6 +53,7 @@ impl Arena {
         let mapped = mapped.map_err(|errno| allocation(errno.into()))?;
         let base =
             NonNull::new(mapped.cast::<u8>()).ok_or_else(|| allocation(std::io::ErrorKind::OutOfMemory.into()))?;
+        numa::spread(base, bytes);
         #[cfg(target_os = "linux")]
         if slot_bytes.0 >= HUGE_PAGE {
             // SAFETY: the range is the mapping just made. Only a hint, so a kernel without huge pages may refuse it.

@@ -4,7 +4,7 @@
 //! - [`Arena`]: slots in main memory, one mapping of the exact size.
 //! - [`DiskTier`]: slots in a file.
 //! - [`Backend`]: slabs, streams and events of a device; [`CpuBackend`] is the one without a device.
-//! - [`limits`]: how much memory this process may still take.
+//! - [`limits`]: how much memory this process may still take. [`numa`]: on which nodes it lies.
 //! - [`bandwidth`]: what the memory of this machine can do, and how near the optimizer comes.
 
 mod arena;
@@ -17,6 +17,7 @@ mod cuda_slab;
 mod disk;
 mod error;
 pub mod limits;
+pub mod numa;
 mod slots;
 
 pub use arena::Arena;

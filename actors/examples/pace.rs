@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, TensorSpec};
 use patrickstar_actors::memory::{
-    Arena, Backend, CpuBackend, DeviceMath, DeviceRoom, Event, MemoryError, Rows, Slab, StateAddresses, Stream,
+    Backend, CpuBackend, DeviceMath, Event, MemoryError, Rows, Slab, StateAddresses, Stream,
 };
 use patrickstar_actors::monitor::NoProbe;
 use patrickstar_actors::runtime::{Runtime, RuntimeConfig, StepStart};
@@ -100,32 +100,8 @@ impl Backend for Paced {
         CpuBackend.device_slab(slots, slot_bytes)
     }
 
-    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
-        CpuBackend.host_slab(arena)
-    }
-
     fn separates_non_model(&self) -> bool {
         true
-    }
-
-    fn cap_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn trim_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
-        Ok(None)
-    }
-
-    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
-        Ok(None)
-    }
-
-    fn hold_compute(&self, _: &Event) -> Result<(), MemoryError> {
-        Ok(())
     }
 
     fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {

@@ -74,30 +74,45 @@ pub struct DeviceRoom {
     pub pool: Bytes,
 }
 
-/// A device: its memory and its streams.
+/// A device: its memory and its streams. What a backend leaves out is as on a device in main memory: nothing has to be
+/// registered, nobody else takes of it, and the model computes before it returns.
 pub trait Backend: Send + Sync + 'static {
     /// A new stream; `name` is for profiles and logs.
     fn new_stream(&self, name: &str) -> Result<Box<dyn Stream>, MemoryError>;
     /// Allocates the device tier.
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
-    /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
-    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError>;
     /// Whether slots and non-model memory are two allocations, neither of which can use what the other leaves.
     fn separates_non_model(&self) -> bool;
+    /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
+    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
+        Ok(Box::new(arena))
+    }
     /// From now on non-model memory may not exceed `limit`: what asks for more gets an error. Without effect where slots
     /// and non-model memory are one allocation.
-    fn cap_non_model(&self, limit: Bytes) -> Result<(), MemoryError>;
+    fn cap_non_model(&self, _limit: Bytes) -> Result<(), MemoryError> {
+        Ok(())
+    }
     /// What the pool of non-model memory has beyond `keep` and nobody uses goes back to the device. Without effect where
     /// slots and non-model memory are one allocation.
-    fn trim_non_model(&self, keep: Bytes) -> Result<(), MemoryError>;
+    fn trim_non_model(&self, _keep: Bytes) -> Result<(), MemoryError> {
+        Ok(())
+    }
     /// Memory that is left on the device; `None` where nobody else takes of it.
-    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError>;
+    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
+        Ok(None)
+    }
     /// The end of what the model has queued so far; `None` where the model computes before it returns.
-    fn compute_event(&self) -> Result<Option<Event>, MemoryError>;
+    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
+        Ok(None)
+    }
     /// What the model queues from now on starts after `event`. Does not block the calling thread.
-    fn hold_compute(&self, event: &Event) -> Result<(), MemoryError>;
+    fn hold_compute(&self, _event: &Event) -> Result<(), MemoryError> {
+        Ok(())
+    }
     /// Arithmetic on chunks in the device tier; `None` where the host can do it there.
-    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError>;
+    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
+        Ok(None)
+    }
 }
 
 /// Where the states of a run of elements lie. `low` is null where the precision has none.
@@ -236,36 +251,8 @@ impl Backend for CpuBackend {
         Ok(Box::new(Arena::new(Tier::Device, slots, slot_bytes)?))
     }
 
-    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
-        Ok(Box::new(arena))
-    }
-
     fn separates_non_model(&self) -> bool {
         false
-    }
-
-    fn cap_non_model(&self, _limit: Bytes) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn trim_non_model(&self, _keep: Bytes) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
-        Ok(None)
-    }
-
-    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
-        Ok(None)
-    }
-
-    fn hold_compute(&self, _event: &Event) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
-        Ok(None)
     }
 }
 

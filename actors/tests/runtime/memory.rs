@@ -7,9 +7,7 @@ use patrickstar_actors::Retune;
 use patrickstar_actors::chunk::Layout;
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::health::ActorName;
-use patrickstar_actors::memory::{
-    Arena, Backend, CpuBackend, DeviceMath, DeviceRoom, Event, MemoryError, Slab, Stream,
-};
+use patrickstar_actors::memory::{Backend, CpuBackend, DeviceRoom, MemoryError, Slab, Stream};
 use patrickstar_actors::monitor::{MemoryProbe, NoProbe};
 use patrickstar_actors::runtime::StepStart;
 use patrickstar_actors::schedule::Policy;
@@ -35,16 +33,8 @@ impl Backend for SharedDevice {
         CpuBackend.device_slab(slots, slot_bytes)
     }
 
-    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
-        CpuBackend.host_slab(arena)
-    }
-
     fn separates_non_model(&self) -> bool {
         true
-    }
-
-    fn cap_non_model(&self, _: Bytes) -> Result<(), MemoryError> {
-        Ok(())
     }
 
     fn trim_non_model(&self, keep: Bytes) -> Result<(), MemoryError> {
@@ -54,18 +44,6 @@ impl Backend for SharedDevice {
 
     fn room(&self) -> Result<Option<DeviceRoom>, MemoryError> {
         Ok(Some(DeviceRoom { free: Bytes(self.free.load(Ordering::Relaxed)), pool: Bytes(0) }))
-    }
-
-    fn compute_event(&self) -> Result<Option<Event>, MemoryError> {
-        Ok(None)
-    }
-
-    fn hold_compute(&self, _: &Event) -> Result<(), MemoryError> {
-        Ok(())
-    }
-
-    fn math(&self) -> Result<Option<Box<dyn DeviceMath>>, MemoryError> {
-        Ok(None)
     }
 }
 

@@ -9,19 +9,19 @@ use serde_json::{Value, json};
 
 use crate::Error;
 
-/// One object a measurement, ours first; `of_best_peer` is its speed over that of the fastest peer.
+const OURS: &str = "patrickstar";
+
+/// One object a measurement, ours first; `of_best_peer` is its speed over that of the fastest peer on the same shape and batch.
 pub fn run(ours: &Path, peers: &[PathBuf]) -> Result<Value, Error> {
-    let mut rows = measurements(ours, "patrickstar")?;
+    let mut rows = measurements(ours, OURS)?;
     for path in peers {
         rows.extend(measurements(path, "peer")?);
     }
-    let best_peer = |rows: &[Value]| {
-        let peers = rows.iter().filter(|row| row["engine"] != "patrickstar");
-        peers.filter_map(|row| row["tflops"].as_f64()).fold(f64::NAN, f64::max)
-    };
-    let best = best_peer(&rows);
+    let peers: Vec<Value> = rows.iter().filter(|row| row["engine"] != OURS).cloned().collect();
     for row in &mut rows {
-        if let (Some(tflops), false) = (row["tflops"].as_f64(), best.is_nan()) {
+        let same = |peer: &&Value| ["shape", "batch"].into_iter().all(|key| peer[key] == row[key]);
+        let best = peers.iter().filter(same).filter_map(|peer| peer["tflops"].as_f64()).reduce(f64::max);
+        if let (Some(tflops), Some(best)) = (row["tflops"].as_f64(), best) {
             row["of_best_peer"] = (tflops / best).into();
         }
     }
@@ -46,8 +46,7 @@ fn measurements(path: &Path, engine: &str) -> Result<Vec<Value>, Error> {
 }
 
 fn row(engine: &str, value: &Value) -> Value {
-    let named = ["system", "engine", "name"].into_iter().find_map(|key| value[key].as_str()).unwrap_or(engine);
-    let mut row = json!({"engine": named});
+    let mut row = json!({"engine": value["peer"].as_str().unwrap_or(engine)});
     for key in ["shape", "batch", "params_b", "median_s", "tflops", "tok_s", "gpu_peak_gb", "rss_peak_gb", "error"] {
         if let Some(field) = value.get(key) {
             row[key] = field.clone();
@@ -101,17 +100,29 @@ mod tests {
             std::fs::write(&path, text).unwrap();
             path
         };
-        let ours = write("ours.json", r#"{"shape":"1b","batch":16,"tflops":464.0,"median_s":0.244}"#);
-        let peers = write(
-            "peers.log",
-            "loading\nRESULT {\"system\": \"torch\", \"tflops\": 376.0}\nRESULT {\"system\": \"fsdp\", \"error\": \"out of memory\"}\n",
+        let ours = write(
+            "ours.json",
+            "{\"shape\":\"4b\",\"batch\":4,\"tflops\":200.0}\n{\"shape\":\"4b\",\"batch\":32,\"tflops\":480.0}\n",
         );
+        // As the harness writes them: a line of its own for each batch.
+        let line = |peer: &str, batch: u64, rest: &str| {
+            format!("RESULT {{\"peer\": \"{peer}\", \"shape\": \"4b\", \"batch\": {batch}, {rest}}}\n")
+        };
+        let text = [
+            "loading\n".to_owned(),
+            line("fsdp2", 4, "\"tflops\": 50.0"),
+            line("fsdp2", 16, "\"tflops\": 160.0"),
+            line("fsdp2", 32, "\"error\": \"out of memory\""),
+            line("deepspeed", 4, "\"tflops\": 40.0"),
+        ];
+        let peers = write("peers.log", &text.concat());
         let Value::Array(rows) = run(&ours, &[peers]).unwrap() else { panic!("not an array") };
-        assert_eq!(rows.len(), 3);
-        assert!((rows[0]["of_best_peer"].as_f64().unwrap() - 464.0 / 376.0).abs() < 1e-9);
+        let of_best: Vec<Option<f64>> = rows.iter().map(|row| row["of_best_peer"].as_f64()).collect();
+        assert_eq!(of_best, [Some(4.0), None, Some(1.0), Some(1.0), None, Some(0.8)]);
         let lines = table(&rows);
-        assert!(lines[1].starts_with("patrickstar") && lines[1].ends_with("1.23"), "{lines:?}");
-        assert!(lines[3].ends_with("out of memory"), "{lines:?}");
+        assert!(lines[1].starts_with("patrickstar") && lines[1].ends_with("4.00"), "{lines:?}");
+        assert!(lines[3].starts_with("fsdp2"), "{lines:?}");
+        assert!(lines[5].ends_with("out of memory"), "{lines:?}");
         let empty = write("empty.json", "nothing here");
         assert!(run(&empty, &[]).unwrap_err().to_string().contains("holds no measurement"));
     }

@@ -180,7 +180,7 @@ impl SplitRoom {
     }
 
     /// Slots of one group on its way through the device while the next one comes.
-    fn stream(&self) -> u32 {
+    pub fn stream(&self) -> u32 {
         2 * (self.persistent + 1)
     }
 
@@ -210,7 +210,8 @@ impl SplitRoom {
         if self.holds_all() { all } else { self.resident_beside(self.passing() + self.stream()) }
     }
 
-    /// What there is to do beside so many residents, with a place for every gradient.
+    /// What there is to do beside so many residents, with a place for every gradient: how many have one is known once there is
+    /// a split.
     pub fn work(&self, resident: u32) -> SplitWork {
         let groups = self.groups.saturating_sub(resident);
         SplitWork { groups, resident, persistent: self.persistent, together: self.together, waiting: groups }

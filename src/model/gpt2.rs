@@ -98,6 +98,8 @@ pub struct StepShape {
     pub frugal: bool,
     /// Layers whose inputs wait in host memory.
     pub away_layers: usize,
+    /// Layers ahead of the backward pass whose inputs are on their way back.
+    pub fetched_ahead: usize,
     /// On a GPU.
     pub gpu: bool,
     /// Bytes of an activation.
@@ -122,9 +124,13 @@ pub fn activation_bytes(model: &Gpt2Config, shape: &StepShape) -> u64 {
     let tokens = shape.micro_batch * shape.seq_len;
     let activation = (tokens * model.hidden * shape.element_bytes) as u64;
     let micro_batches = shape.micro_batches as u64;
-    // Of those that wait in host memory a few are on their way.
+    // When the backward pass begins: the inputs of all blocks but the first, and a gradient. Of those that wait in host memory
+    // a few are on their way.
     let away = (shape.away_layers as u64 * micro_batches).saturating_sub(ON_THE_WAY);
-    let boundaries = activation * ((model.layers as u64 + 2) * micro_batches - away);
+    let at_first = (model.layers as u64 + 2) * micro_batches - away;
+    // When it gets to those that waited: the inputs of one layer and of the next ones, and a gradient.
+    let coming = (2 + shape.away_layers.min(shape.fetched_ahead) as u64) * micro_batches;
+    let boundaries = activation * at_first.max(coming);
     // One that is computed again keeps its activations until its backward is done, in one micro-batch at a time.
     let kept_widths = if shape.frugal { KEPT_WIDTHS - CHEAP_WIDTHS } else { KEPT_WIDTHS };
     let kept = (kept_widths * shape.kept_layers as u64 * micro_batches).max(KEPT_WIDTHS);

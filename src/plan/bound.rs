@@ -9,7 +9,10 @@ use patrickstar_actors::types::Bytes;
 use serde::Serialize;
 
 use super::Plan;
+use super::split::{LINK, PRODUCTS};
+use crate::config;
 use crate::error::Error;
+use crate::train::device::is_cuda;
 
 /// Larger than a last-level cache; small enough for a plan to be quick.
 const ARRAY: Bytes = Bytes(128 << 20);
@@ -28,17 +31,31 @@ pub struct Rates {
     pub host: f64,
 }
 
+/// Those of them that somebody told.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct KnownRates {
+    /// Matrix products, in FLOP/s.
+    pub compute: Option<f64>,
+    /// Copies between host and device, each direction, in bytes/s.
+    pub link: Option<f64>,
+    /// Host memory, reads and writes together, in bytes/s.
+    pub host: Option<f64>,
+}
+
 impl Rates {
-    /// What is not in `known` is measured here, on the CPU backend, in about a second.
-    pub fn measure(known: [Option<f64>; 3]) -> Result<Self, Error> {
+    /// What is not `known` is measured here in about a second; of a GPU and its link those of an H200 are taken, for a job may
+    /// be planned where there is none.
+    pub fn of(compute: &config::Compute, known: &KnownRates) -> Result<Self, Error> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let failed = |error| Error::from(RuntimeError::from(error));
-        let [compute, link, host] = known;
+        let on_gpu = is_cuda(compute);
+        let products = || if on_gpu { Ok(PRODUCTS) } else { matmul_rate() };
+        // One copy stream a direction.
+        let copies = || if on_gpu { Ok(LINK) } else { copy_bandwidth(ARRAY, 1).map_err(failed).map(|rate| rate / 2.0) };
         Ok(Rates {
-            compute: compute.map_or_else(matmul_rate, Ok)?,
-            // One copy stream a direction.
-            link: link.map_or_else(|| copy_bandwidth(ARRAY, 1).map_err(failed).map(|rate| rate / 2.0), Ok)?,
-            host: host.map_or_else(|| triad_bandwidth(ARRAY, threads).map_err(failed), Ok)?,
+            compute: known.compute.map_or_else(products, Ok)?,
+            link: known.link.map_or_else(copies, Ok)?,
+            host: known.host.map_or_else(|| triad_bandwidth(ARRAY, threads).map_err(failed), Ok)?,
         })
     }
 }

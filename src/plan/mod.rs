@@ -18,6 +18,7 @@ use crate::config::{self, Boundaries, Config, Embedding, OptimizerKind, Recomput
 use crate::error::Error;
 use crate::model::gpt2::{self, Gpt2Config};
 use crate::train::device::is_cuda;
+use crate::train::passes::FETCHED_AHEAD;
 use crate::train::program::Program;
 
 mod bound;
@@ -26,7 +27,7 @@ mod split;
 mod text;
 mod verdict;
 
-pub use bound::{Bound, Limit, Rates};
+pub use bound::{Bound, KnownRates, Limit, Rates};
 use verdict::too_little_beside_chunks;
 
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
@@ -172,6 +173,7 @@ fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> By
             kept_layers: keeping.layers,
             frugal: keeping.frugal,
             away_layers: keeping.away,
+            fetched_ahead: FETCHED_AHEAD,
             gpu: is_cuda(&config.compute),
             element_bytes: activation_bytes_each(config) as usize,
         },
@@ -299,7 +301,7 @@ impl Plan {
         }
         .saturating_sub(self.activations_on_host.0);
         let capacity = |wanted: u32| match config.memory.host {
-            Size::Bytes(bytes) => bytes.0,
+            Size::Bytes(bytes) => bytes.0.saturating_sub(self.activations_on_host.0),
             Size::Auto => available.min(u64::from(wanted) * chunk),
         };
         self.room = self.room(config, self.reserved);

@@ -66,17 +66,19 @@ impl Plan {
         let persistent_kinds = layout.precision().persistent_kinds().iter();
         let kinds: Vec<(Kind, Bytes)> =
             persistent_kinds.clone().map(|&kind| per_kind(kind, away)).chain([gradients]).collect();
-        // Weights of a group that lives on the device are drawn in host memory, one group after the other.
-        let drawn: u64 = persistent_kinds.filter(|kind| kind.is_weight()).map(|&kind| per_kind(kind, 1).1.0).sum();
+        // Weights of a group that lives on the device are drawn in host memory, one group after the other, when the states of
+        // those before them lie there.
+        let before = u64::from(self.looked_up_groups);
+        let drawn = persistent_kinds.map(|&kind| per_kind(kind, before + u64::from(kind.is_weight())).1.0).sum::<u64>();
         let total = kinds.iter().map(|(_, bytes)| bytes.0).sum::<u64>().max(if resident > 0 { drawn } else { 0 });
         let host_bytes = Bytes(u64::from(self.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Host,
-            capacity: host_bytes,
+            capacity: Bytes(host_bytes.0 + self.activations_on_host.0),
             chunk_budget: host_bytes,
             chunk_peak: Bytes(total.min(host_bytes.0)),
             peak_by_kind: kinds,
-            non_model: Bytes(0),
+            non_model: self.activations_on_host,
         });
         let disk_bytes = Bytes(u64::from(self.slots.disk) * self.chunk.0);
         self.tiers.push(TierPlan {
@@ -87,15 +89,17 @@ impl Plan {
             peak_by_kind: Vec::new(),
             non_model: Bytes(0),
         });
-        // Adam reads weight, momentum, variance and gradient and writes the first three; with a master weight, that is read
-        // and written, and the 16-bit one written.
-        let element = match layout.precision() {
-            Precision::Fp32 => 28,
-            Precision::Bf16 => 26,
-            Precision::Fp16 => 28,
-        };
         let host_share = (away - u64::from(streamed).min(away)) as f64 / groups.max(1) as f64;
-        self.optimizer_bytes = Bytes((self.parameters as f64 * f64::from(element) * host_share) as u64);
+        self.optimizer_bytes = Bytes((self.parameters as f64 * update_bytes(layout.precision()) * host_share) as u64);
+    }
+}
+
+/// Bytes that the update of a parameter moves in host memory: Adam reads weight, momentum, variance and gradient and writes
+/// the first three; with a master weight, that is read and written, and the 16-bit one written.
+pub(super) fn update_bytes(precision: Precision) -> f64 {
+    match precision {
+        Precision::Fp32 | Precision::Fp16 => 28.0,
+        Precision::Bf16 => 26.0,
     }
 }
 

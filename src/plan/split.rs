@@ -7,14 +7,15 @@ use patrickstar_actors::memory::bandwidth::adam_bandwidth;
 use patrickstar_actors::types::Bytes;
 use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
-use super::{Keeping, Plan};
+use super::predict::update_bytes;
+use super::{Keeping, KnownRates, Plan};
 use crate::config::{Boundaries, Config, Placement, Recompute};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
 /// used, and parameters that one core steps in a second beside the GPU. Measured on an H200 with 16 cores.
-const PRODUCTS: f64 = 6.2e14;
-const LINK: f64 = 43e9;
+pub(super) const PRODUCTS: f64 = 6.2e14;
+pub(super) const LINK: f64 = 43e9;
 const STEPPED_BY_CORE: f64 = 3.8e8;
 /// Parameters whose update is timed where the host's memory is at hand, and how often; the best counts. Measured on 16 cores
 /// beside an H200: a quarter of them partly stays in the last cache, and five repeats may all be slow while others use the
@@ -105,23 +106,38 @@ impl Plan {
         }
     }
 
-    /// How long a step is estimated to take: what overlaps counts once. 0 seconds for what computes on the host, whose speed
-    /// differs too much between machines to be guessed.
-    pub fn predicted_step(&self, config: &Config) -> Duration {
-        if !is_cuda(&config.compute) {
-            return Duration::ZERO;
+    /// How long a step is estimated to take: what overlaps counts once. Rates that are not `known` are those of an H200 and, for
+    /// the host's updates, of this machine. `None` for what computes on the host, whose speed differs too much between machines
+    /// to be guessed, and for models of the user's own, whose FLOPs are not known.
+    pub fn predicted_step(&self, config: &Config, known: &KnownRates) -> Option<Duration> {
+        if !is_cuda(&config.compute) || self.flops.is_none() {
+            return None;
         }
         let work = SplitWork { waiting: self.places_for_gradients(), ..self.room.work(self.split.resident) };
-        self.costs(config, self.kept_layers).step(&work, self.split.streamed)
+        let mut costs = self.costs(config, self.kept_layers);
+        if let Some(compute) = known.compute {
+            costs.compute = costs.compute.mul_f64(PRODUCTS / compute);
+        }
+        if let Some(link) = known.link {
+            (costs.to_device, costs.to_host) =
+                (costs.to_device.mul_f64(LINK / link), costs.to_host.mul_f64(LINK / link));
+        }
+        if let Some(host) = known.host {
+            let parameters = self.parameters as f64 / f64::from(self.room.groups.max(1));
+            let bytes = parameters * update_bytes(self.layout.precision());
+            costs.host_step = Duration::from_secs_f64(bytes / (host * stepping_share(config)));
+        }
+        Some(costs.step(&work, self.split.streamed))
     }
 
     /// Gradients of groups that do not live on the device for which there is a place until their update: below the device
-    /// beside the states, and on it beside the residents and what an access takes.
+    /// beside the states, and on it beside the residents and what passes.
     fn places_for_gradients(&self) -> u32 {
         let SplitRoom { groups, persistent, slots, working_set, .. } = self.room;
         let (resident, away) = (self.split.resident, groups - self.split.resident);
         let below = (self.slots.host + self.slots.disk).saturating_sub(persistent * away + self.spare_slots());
-        below + slots.saturating_sub(persistent * resident + working_set)
+        let passing = working_set + if self.split.streamed > 0 { self.room.stream() } else { 0 };
+        below + slots.saturating_sub(persistent * resident + passing)
     }
 
     /// A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.

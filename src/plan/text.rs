@@ -1,5 +1,7 @@
 //! A plan in words.
 
+use std::time::Duration;
+
 use patrickstar_actors::types::Bytes;
 
 use super::{Bound, Plan};
@@ -24,7 +26,7 @@ impl Plan {
     }
 
     /// The whole plan.
-    pub fn lines(&self, bound: &Bound) -> Vec<String> {
+    pub fn lines(&self, bound: &Bound, predicted: Option<Duration>) -> Vec<String> {
         let mut lines = vec![self.headline()];
         for tier in &self.tiers {
             lines.push(format!(
@@ -54,6 +56,7 @@ impl Plan {
             self.away_layers
         ));
         lines.push(bound.line());
+        lines.extend(predicted.map(|step| format!("predict {:.3} s a step", step.as_secs_f64())));
         lines.push(match self.refusal() {
             None => "fits".to_owned(),
             Some(reason) => reason,

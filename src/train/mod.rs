@@ -9,7 +9,7 @@ pub mod lr;
 pub mod model;
 mod observer;
 pub mod pace;
-mod passes;
+pub(crate) mod passes;
 pub mod phases;
 pub mod program;
 pub mod sample;

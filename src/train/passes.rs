@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::model::tape::{Activation, Tape};
 
 /// Blocks ahead of the backward pass whose inputs are on their way back.
-const FETCHED_AHEAD: usize = 2;
+pub(crate) const FETCHED_AHEAD: usize = 2;
 
 /// A block's forward pass on one micro-batch, kept for its backward.
 pub(super) struct Pass {

@@ -12,6 +12,7 @@ use crate::config::Sources;
 use crate::data::{TokenBatch, Tokenizer};
 use crate::model::gpt2::{self, model_flops};
 use crate::model::rng;
+use crate::plan::KnownRates;
 use crate::train::model::{build, to_batch};
 use crate::train::{Batch, Engine, device};
 
@@ -82,6 +83,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         .into_iter()
         .map(|cause| (cause.name().to_owned(), stats.stalls[cause as usize].as_secs_f64().into()))
         .collect();
+    let predicted = engine.plan().predicted_step(engine.config(), &KnownRates::default());
     let gigabytes = |direction: Direction| stats.bytes[direction as usize] as f64 / 1e9 / steps as f64;
     Ok(json!({
         "shape": shape,
@@ -115,11 +117,11 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
             "inputs_in_host_memory": engine.plan().away_layers,
             "host_gb": engine.stash_bytes().0 as f64 / 1e9,
         },
-        "predicted_step_s": engine.plan().predicted_step(engine.config()).as_secs_f64(),
+        "predicted_step_s": predicted.map(|step| step.as_secs_f64()),
         "predicted_peaks": predicted_peaks(&engine),
         "measured_peaks": {
             "device_gb": engine.runtime().device_peak().0 as f64 / 1e9,
-            "host_gb": engine.runtime().tier_use(Tier::Host).peak.0 as f64 / 1e9,
+            "host_gb": (engine.runtime().tier_use(Tier::Host).peak.0 + engine.stash_bytes().0) as f64 / 1e9,
             "disk_gb": engine.runtime().tier_use(Tier::Disk).peak.0 as f64 / 1e9,
         },
         "chunk_moves": stats.chunk_moves(),

@@ -1,0 +1,87 @@
+//! What a plan predicts, against what a step takes and what it was told.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
+
+use std::process::Command;
+
+use serde_json::Value;
+
+/// The last line of what the command prints, which `--json` makes an object.
+fn json(args: &[&str], sets: &[&str]) -> Value {
+    let sets = sets.iter().flat_map(|set| ["--set", set]);
+    let output = Command::new(env!("CARGO_BIN_EXE_patrickstar")).args(args).args(sets).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    serde_json::from_str(text.lines().last().unwrap_or_default())
+        .unwrap_or_else(|error| panic!("{error}: {text}\n{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+/// A GPT on a GPU that needs not be there, with rates that somebody told.
+fn on_a_gpu(rates: [&str; 3], sets: &[&str]) -> Value {
+    let [compute, link, host] = rates;
+    let args = ["plan", "--json", "--compute", compute, "--link", link, "--host", host];
+    let model =
+        ["compute.device=cuda", "model.preset=1b", "model.precision=bf16", "train.seq_len=1024", "train.clip_norm=0"];
+    json(&args, &[&model, sets].concat())
+}
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[test]
+fn a_step_on_a_gpu_takes_as_long_as_what_it_waits_for() {
+    let resident = ["memory.device=60GB", "train.batch=16"];
+    let plan = on_a_gpu(["500", "40", "100"], &resident);
+    assert_eq!(plan["fits"], true, "{plan}");
+    let passes = 1.0 + (1.0 - number(&plan["kept_layers"]) / number(&plan["layers"])) / 3.0;
+    let compute = passes * number(&plan["flops"]) / 500e12;
+    assert!((number(&plan["predicted_step_s"]) / compute - 1.0).abs() < 1e-6, "{plan}");
+    // With a fraction of the device the host steps, and is what a small batch waits for.
+    let streamed = ["memory.device=8GB", "memory.host=40GB", "train.batch=2"];
+    let [slow, fast] = ["40", "80"].map(|host| number(&on_a_gpu(["500", "40", host], &streamed)["predicted_step_s"]));
+    assert!(slow > 1.5 * fast, "{slow} s beside {fast} s");
+    // What computes on the host is not guessed.
+    assert!(json(&["plan", "--json"], &["model.preset=tiny", "train.seq_len=128"])["predicted_step_s"].is_null());
+}
+
+#[test]
+fn gradients_that_find_no_place_make_a_step_longer() {
+    // 21 billion parameters fill the device and host memory.
+    let with = |host: &str| {
+        let sets = ["model.preset=20b", "memory.device=148GB", "train.batch=8", host];
+        on_a_gpu(["620", "43", "115"], &sets)
+    };
+    let [tight, roomy] = ["memory.host=125GB", "memory.host=160GB"].map(with);
+    for plan in [&tight, &roomy] {
+        assert_eq!((&plan["fits"], &plan["split"]), (&Value::Bool(true), &roomy["split"]), "{plan}");
+    }
+    assert!(number(&tight["predicted_step_s"]) > 1.1 * number(&roomy["predicted_step_s"]), "{tight}\n{roomy}");
+}
+
+#[test]
+fn inputs_that_wait_in_host_memory_are_part_of_what_it_may_take() {
+    let away = ["memory.device=8GB", "memory.host=24GB", "train.batch=32", "train.boundaries=host"];
+    let plan = on_a_gpu(["500", "40", "100"], &away);
+    let host = &plan["tiers"][1];
+    let inputs = 19.0 * 32.0 * 1024.0 * 2048.0 * 2.0;
+    assert!(number(&host["non_model"]) >= inputs, "{host}");
+    assert!(number(&host["chunk_budget"]) + number(&host["non_model"]) <= 24e9, "{host}");
+}
+
+#[test]
+fn inputs_of_many_micro_batches_on_their_way_back_find_their_place() {
+    let sets = [
+        "memory.device=200MB",
+        "model.vocab=512",
+        "train.micro_batches=16",
+        "train.seq_len=128",
+        "train.boundaries=host",
+        "train.recompute=full",
+    ];
+    let step = json(&["bench", "step", "--shape", "tiny", "--batch", "16", "--steps", "1", "--json"], &sets);
+    let (peak, predicted) = (number(&step["non_model_peak_gb"]), number(&step["non_model_predicted_gb"]));
+    assert!(peak > 0.0 && peak <= predicted, "{peak} GB of {predicted} GB");
+    // The inputs of one layer, of the two before it, and a gradient, of 16 micro-batches, are most of it.
+    assert!(peak > 0.5 * predicted, "{peak} GB of {predicted} GB");
+    assert_eq!(step["recompute"]["inputs_in_host_memory"], 4, "{step}");
+}

@@ -4,7 +4,7 @@ use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use patrickstar_actors::memory::numa::usable_nodes;
+use patrickstar_actors::memory::numa::{self, Spread};
 use patrickstar_actors::types::Bytes;
 use serde::Serialize;
 
@@ -155,18 +155,16 @@ fn huge_pages() -> Check {
 }
 
 fn nodes() -> Check {
-    let nodes = usable_nodes();
-    let numbers: Vec<String> = nodes.iter().map(u32::to_string).collect();
-    info(
-        "numa",
-        match nodes.len() {
-            0 => "the system does not say".to_owned(),
-            1 => format!("one node with cores for this process: {}", numbers[0]),
-            _ => {
-                format!("nodes {}: host memory is spread over them, unless numactl says otherwise", numbers.join(", "))
-            }
-        },
-    )
+    let detail = match numa::probe() {
+        Ok(Spread::OneNode) => "host memory lies on one node".to_owned(),
+        Ok(Spread::Over(nodes)) => format!("host memory is spread over nodes {nodes:?}"),
+        Ok(Spread::AsChosen) => "host memory lies where the policy of this process says (numactl)".to_owned(),
+        Ok(Spread::FirstTouch(reason)) => format!(
+            "host memory lies where it is touched first, not spread over the nodes: {reason} (a container needs CAP_SYS_NICE)"
+        ),
+        Err(error) => return Check { name: "numa", ok: false, detail: error.to_string() },
+    };
+    info("numa", detail)
 }
 
 fn limits() -> Check {

@@ -5,7 +5,7 @@
 //! near by. Only nodes whose cores this process may use take part: one that was bound to the socket of its GPU has its memory
 //! there.
 
-#![expect(unsafe_code, reason = "system calls that no library wraps")]
+#![cfg_attr(target_os = "linux", expect(unsafe_code, reason = "system calls that no library wraps"))]
 
 use std::fs::read_to_string;
 use std::io;
@@ -13,9 +13,8 @@ use std::ops::RangeInclusive;
 use std::path::Path;
 use std::ptr::NonNull;
 
-/// More than the kernel can have.
-const MAX_NODES: usize = 1024;
-const WORD: usize = libc::c_ulong::BITS as usize;
+use super::{Arena, MemoryError, SlotIndex};
+use crate::types::{Bytes, Tier};
 
 /// Nodes with memory and cores that this process may use. Empty where the system does not say.
 pub fn usable_nodes() -> Vec<u32> {
@@ -47,22 +46,45 @@ fn ranges(list: &str) -> Vec<RangeInclusive<u32>> {
     list.trim().split(',').filter_map(range).collect()
 }
 
-/// Pages of the mapping will lie on the nodes that this process may use, in turns, as they are touched first. Not where there
-/// is one node, and not where whoever started the process chose a policy (`numactl`). Where the system forbids it, as
-/// containers may, pages lie where the threads run that touch them first: those of a pool, all over the machine.
+/// Where pages of host memory come to lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Spread {
+    /// The system has one node for this process, or does not say.
+    OneNode,
+    /// On these nodes in turns.
+    Over(Vec<u32>),
+    /// Where whoever started the process said (`numactl`).
+    AsChosen,
+    /// Where the threads run that touch them first, for the system refuses anything else, as containers may.
+    FirstTouch(String),
+}
+
+/// Where host memory of this process will lie, tried on a page.
+pub fn probe() -> Result<Spread, MemoryError> {
+    let page = Bytes(4096);
+    Ok(spread_over(Arena::new(Tier::Host, 1, page)?.slot(SlotIndex(0)), 4096, usable_nodes()))
+}
+
+/// Pages of the mapping will lie on the nodes that this process may use, in turns, as they are touched first.
 pub(super) fn spread(base: NonNull<u8>, bytes: usize) {
-    let nodes = usable_nodes();
+    match spread_over(base, bytes, usable_nodes()) {
+        Spread::FirstTouch(reason) => {
+            tracing::info!(reason, "memory cannot be spread over nodes: it lies where it is touched first")
+        }
+        other => tracing::debug!(bytes, ?other, "memory on nodes"),
+    }
+}
+
+fn spread_over(base: NonNull<u8>, bytes: usize, nodes: Vec<u32>) -> Spread {
     if nodes.len() < 2 {
-        return;
+        return Spread::OneNode;
     }
     match has_policy()
         .and_then(|chosen| if chosen { Ok(false) } else { interleave(base, bytes, &nodes).map(|()| true) })
     {
-        Ok(true) => tracing::debug!(?nodes, bytes, "memory is spread over nodes"),
-        Ok(false) => tracing::debug!("memory lies where the policy of the process says"),
-        Err(error) => {
-            tracing::info!(?nodes, %error, "memory cannot be spread over nodes: it lies where it is touched first")
-        }
+        Ok(true) => Spread::Over(nodes),
+        Ok(false) => Spread::AsChosen,
+        Err(error) => Spread::FirstTouch(error.to_string()),
     }
 }
 
@@ -79,6 +101,10 @@ fn has_policy() -> io::Result<bool> {
 
 #[cfg(target_os = "linux")]
 fn interleave(base: NonNull<u8>, bytes: usize, nodes: &[u32]) -> io::Result<()> {
+    /// More than the kernel can have.
+    const MAX_NODES: usize = 1024;
+    const WORD: usize = libc::c_ulong::BITS as usize;
+    let mode = libc::MPOL_INTERLEAVE as libc::c_ulong;
     let mut mask = [0 as libc::c_ulong; MAX_NODES / WORD];
     for &node in nodes {
         if let Some(word) = mask.get_mut(node as usize / WORD) {
@@ -86,9 +112,7 @@ fn interleave(base: NonNull<u8>, bytes: usize, nodes: &[u32]) -> io::Result<()> 
         }
     }
     // SAFETY: changes where pages of a mapping of ours will lie and no byte in it; the mask has as many bits as it says.
-    check(unsafe {
-        libc::syscall(libc::SYS_mbind, base.as_ptr(), bytes, libc::MPOL_INTERLEAVE, mask.as_ptr(), MAX_NODES, 0usize)
-    })
+    check(unsafe { libc::syscall(libc::SYS_mbind, base.as_ptr(), bytes, mode, mask.as_ptr(), MAX_NODES, 0usize) })
 }
 
 #[cfg(target_os = "linux")]
@@ -138,23 +162,36 @@ mod tests {
         assert_eq!(usable_under(Path::new("/nowhere")), Vec::<u32>::new());
     }
 
+    /// Needs a system that lets a process set the policy of its memory: no container that forbids it.
     #[test]
     #[cfg(target_os = "linux")]
-    fn the_kernel_takes_the_policy_and_refuses_a_node_that_is_not_there() {
+    fn the_kernel_puts_pages_on_all_nodes_and_refuses_one_that_is_not_there() {
+        const HUGE_PAGE: usize = 2 << 20;
         let nodes = usable_nodes();
         assert!(!nodes.is_empty());
-        assert!(!has_policy().unwrap(), "the tests run without a policy");
-        let slot_bytes = crate::types::Bytes(4 << 20);
-        let mut arena = crate::memory::Arena::new(crate::types::Tier::Host, 2, slot_bytes).unwrap();
-        let base = arena.slot(crate::memory::SlotIndex(0));
-        interleave(base, 8 << 20, &nodes).unwrap();
+        assert!(!has_policy().expect("the system tells the policy"), "run the tests without numactl");
+        let bytes = 4 * HUGE_PAGE * nodes.len();
+        let mut arena = Arena::new(Tier::Host, 1, Bytes(bytes as u64)).unwrap();
+        let base = arena.slot(SlotIndex(0));
+        interleave(base, bytes, &nodes).unwrap();
         arena.prefault();
+        // The last mapping that begins at the address or below: neighbours with the same policy may be one with it.
         let maps = read_to_string("/proc/self/numa_maps").unwrap();
-        let address = format!("{:x} interleave", base.as_ptr() as usize);
-        let line = maps.lines().find(|line| line.starts_with(&address)).expect("the mapping has the policy");
+        let begin = |line: &str| usize::from_str_radix(line.split(' ').next()?, 16).ok();
+        let at = |line: &&str| begin(line).is_some_and(|address| address <= base.as_ptr() as usize);
+        let line = maps.lines().filter(at).max_by_key(|line| begin(line)).expect("it is mapped");
+        assert!(line.contains(" interleave:"), "{line}");
         for node in &nodes {
             assert!(line.contains(&format!(" N{node}=")), "{line}");
         }
-        assert!(interleave(base, 8 << 20, &[1000]).is_err());
+        assert!(interleave(base, bytes, &[1000]).is_err());
+    }
+
+    #[test]
+    fn one_node_is_left_alone() {
+        let arena = Arena::new(Tier::Host, 1, Bytes(4096)).unwrap();
+        assert_eq!(spread_over(arena.slot(SlotIndex(0)), 4096, vec![0]), Spread::OneNode);
+        // As the machine is: whatever it says, it says.
+        probe().unwrap();
     }
 }

@@ -176,14 +176,12 @@ impl CudaOps {
     pub(super) fn write_narrowed(&self, sums: &Tensor, out: &Tensor) -> Result<()> {
         let n = out.elem_count();
         let args = [self.pointer(sums)?, self.pointer(out)?, Arg::U64(n as u64)];
-        match out.dtype() {
-            DType::F32 => {
-                let rest = [Arg::F32(1.0), Arg::F32(0.0)];
-                self.launch(&self.cast, "scale_add_f32", elementwise(n), &[&args[..], &rest].concat())
-            }
-            DType::BF16 => self.launch(&self.cast, "cast_f32_to_bf16", elementwise(n), &args),
-            _ => self.launch(&self.cast, "cast_f32_to_f16", elementwise(n), &args),
-        }
+        let name = match out.dtype() {
+            DType::F32 => "cast_f32_to_f32",
+            DType::BF16 => "cast_f32_to_bf16",
+            _ => "cast_f32_to_f16",
+        };
+        self.launch(&self.cast, name, elementwise(n), &args)
     }
 
     /// Adds `dyᵀ x` to the gradient of `weight` and the sum of `dy` to that of `bias`.

@@ -1,5 +1,5 @@
 // Element-wise operations between the matrix products: GELU (Hendrycks and Gimpel, 2016), SwiGLU (Shazeer, 2020),
-// biases, sums and dropout.
+// sums and dropout.
 //
 // kernel (suffix _f32, _bf16, _f16)  arguments                                                               grid
 // gelu_forward        const T* u, T* y, uint64_t n, int form                                                 any [1]
@@ -9,8 +9,6 @@
 //                     float scale
 // dropout_add         const T* x, const T* residual, T* y, uint64_t n, uint64_t seed, uint64_t stream,       any [1]
 //                     uint64_t threshold, float scale
-// add_bias            const T* x, const T* bias, T* y, uint64_t rows, int cols                               [2], any [3]
-// bias_gelu_forward   T* u, const T* bias, T* y, uint64_t rows, int cols, int form                           [2], any [3]
 // gelu_backward_bias  const T* dy, const T* u, T* du, float* partial_dbias, uint64_t rows, int cols, int P,  [2], P
 //                     int form
 // swiglu_forward      const T* gate_up, T* y, uint64_t rows, int cols                                        [2], any [3]
@@ -21,8 +19,7 @@
 // Scratch: partial_dbias is float[P * cols], wholly written; accumulate_columns of norm.cu adds it to the gradient. P
 // decides the order of the sums, so it must be the same number on every GPU: 128 is good.
 //
-// form: 0 = tanh, 1 = erf. bias_gelu_forward writes u + bias back to u, which is what the backward wants, and takes the
-// GELU of what it wrote. gate_up and d_gate_up are [rows, 2 * cols], a row's gate before its up.
+// form: 0 = tanh, 1 = erf. gate_up and d_gate_up are [rows, 2 * cols], a row's gate before its up.
 // Outputs may be inputs of the same shape: y = x, y = residual, du = dy, du = u, d_gate_up = gate_up, y = a or b.
 // dropout: an element is kept, and multiplied by `scale`, where its 16 bits of Philox4x32-10 (Salmon et al., 2011) are at
 // least `threshold`: piece element % 8 of the block with counter (element / 8, stream) and key seed, low halves first.
@@ -189,65 +186,6 @@ struct Dropout {
 
 constexpr int ROW_UNROLL = 4; // rows that a warp has in flight
 
-template <bool VECTOR, typename T>
-__device__ __forceinline__ void add_bias(const T* x, const T* bias, T* y, uint64_t rows, int cols) {
-    constexpr int LANES = Pack<T>::LANES;
-    const ColumnTile<T> tile(cols);
-    float b[LANES];
-    load_floats(bias + tile.column, tile.count, VECTOR && aligned(bias), b);
-    const uint64_t step = ROW_UNROLL * tile.WARPS;
-    for (uint64_t first = blockIdx.y * step + tile.warp; first < rows; first += gridDim.y * step) {
-        Pack<T> loaded[ROW_UNROLL];
-#pragma unroll
-        for (int u = 0; u < ROW_UNROLL; u++) {
-            const uint64_t row = first + u * tile.WARPS;
-            loaded[u] = load_pack<VECTOR>(x + row * cols + tile.column, row < rows ? tile.count : 0);
-        }
-#pragma unroll
-        for (int u = 0; u < ROW_UNROLL; u++) {
-            const uint64_t row = first + u * tile.WARPS;
-            float values[LANES];
-            unpack(loaded[u], values);
-#pragma unroll
-            for (int k = 0; k < LANES; k++) values[k] += b[k];
-            store_pack<VECTOR>(y + row * cols + tile.column, row < rows ? tile.count : 0, pack_of<T>(values));
-        }
-    }
-}
-
-template <typename Form, bool VECTOR, typename T>
-__device__ __forceinline__ void bias_gelu_forward(T* u, const T* bias, T* y, uint64_t rows, int cols) {
-    constexpr int LANES = Pack<T>::LANES;
-    const ColumnTile<T> tile(cols);
-    float b[LANES];
-    load_floats(bias + tile.column, tile.count, VECTOR && aligned(bias), b);
-    const uint64_t step = ROW_UNROLL * tile.WARPS;
-    for (uint64_t first = blockIdx.y * step + tile.warp; first < rows; first += gridDim.y * step) {
-        Pack<T> loaded[ROW_UNROLL];
-#pragma unroll
-        for (int i = 0; i < ROW_UNROLL; i++) {
-            const uint64_t row = first + i * tile.WARPS;
-            loaded[i] = load_pack<VECTOR>(u + row * cols + tile.column, row < rows ? tile.count : 0);
-        }
-#pragma unroll
-        for (int i = 0; i < ROW_UNROLL; i++) {
-            const uint64_t row = first + i * tile.WARPS;
-            const int count = row < rows ? tile.count : 0;
-            float values[LANES];
-            unpack(loaded[i], values);
-#pragma unroll
-            for (int k = 0; k < LANES; k++) values[k] += b[k];
-            // The backward sees the stored value, so the GELU is taken of that.
-            const Pack<T> stored = pack_of<T>(values);
-            store_pack<VECTOR>(u + row * cols + tile.column, count, stored);
-            unpack(stored, values);
-#pragma unroll
-            for (int k = 0; k < LANES; k++) values[k] = Form::value(values[k]);
-            store_pack<VECTOR>(y + row * cols + tile.column, count, pack_of<T>(values));
-        }
-    }
-}
-
 template <typename Form, bool VECTOR, typename T>
 __device__ __forceinline__ void gelu_backward_bias(
     const T* dy, const T* u, T* du, float* partial, uint64_t rows, int cols, int partials
@@ -383,17 +321,6 @@ __device__ __forceinline__ void swiglu_backward(const T* dy, const T* gate_up, T
     ) {                                                                                                                \
         const T* const in[] = {x, residual};                                                                           \
         map_elements(in, y, n, Dropout{seed, stream, uint32_t(threshold), scale});                                     \
-    }                                                                                                                  \
-    TILE_KERNEL add_bias_##T(const T* x, const T* bias, T* y, uint64_t rows, int cols) {                               \
-        by_alignment(rows_aligned(x, cols) && aligned(y), [&](auto v) {                                                \
-            add_bias<VECTOR_OF(v)>(x, bias, y, rows, cols);                                                            \
-        });                                                                                                            \
-    }                                                                                                                  \
-    TILE_KERNEL bias_gelu_forward_##T(T* u, const T* bias, T* y, uint64_t rows, int cols, int form) {                  \
-        const bool vector = rows_aligned(u, cols) && aligned(y);                                                       \
-        if (form == ERF_FORM)                                                                                          \
-            by_alignment(vector, [&](auto v) { bias_gelu_forward<GeluErf, VECTOR_OF(v)>(u, bias, y, rows, cols); });   \
-        else by_alignment(vector, [&](auto v) { bias_gelu_forward<GeluTanh, VECTOR_OF(v)>(u, bias, y, rows, cols); }); \
     }                                                                                                                  \
     TILE_KERNEL gelu_backward_bias_##T(                                                                                \
         const T* dy, const T* u, T* du, float* partial_dbias, uint64_t rows, int cols, int P, int form                 \

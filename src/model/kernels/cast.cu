@@ -1,17 +1,13 @@
-// Conversions between element types, and what is done to whole arrays.
+// Sums in fp32 on their way to the type of a tensor.
 //
 // kernel                        arguments                                                   grid
-// cast_X_to_Y                   const X* x, Y* y, uint64_t n                                any [1]
-// accumulate_f32_to_T           const float* source, T* gradient, uint64_t n                any [1]
-// scale_add_T                   const T* x, T* y, uint64_t n, float alpha, float beta       any [1]
-// fill_T                        T* y, uint64_t n, float value                               any [1]
+// cast_f32_to_T                 const float* x, T* y, uint64_t n                            any [1]
 // read_through                  const uint4* x, uint64_t n, unsigned* never                 any [1]
 //
-// X, Y and T are f32, bf16 or f16; X and Y differ. Block: 256 threads. No dynamic shared memory, no scratch.
+// T is f32, bf16 or f16. Block: 256 threads. No dynamic shared memory, no scratch.
 // [1] ceil(n / 8192) is good.
-// Casts round to nearest, ties to even. accumulate: gradient = T(float(gradient) + source). scale_add: y = T(alpha * x +
-// beta * y), where beta = 0 does not read y; x may be y. read_through only reads 16 n bytes: `never` is written if they are
-// all ones, which is for the compiler to believe in.
+// Casts round to nearest, ties to even. read_through only reads 16 n bytes: `never` is written if they are all ones, which is
+// for the compiler to believe in.
 
 #include "common.cuh"
 
@@ -44,9 +40,7 @@ template <typename T> struct Group {
     }
 };
 
-// y = op(x, y), where y is read only if READ_Y.
-template <bool READ_Y, typename X, typename Y, typename Op>
-__device__ __forceinline__ void convert(const X* x, Y* y, uint64_t n, Op op) {
+template <typename X, typename Y> __device__ __forceinline__ void convert(const X* x, Y* y, uint64_t n) {
     const uint64_t groups = aligned(x) && aligned(y) ? n / GROUP : 0;
     const uint64_t tile = uint64_t(blockDim.x) * GROUPS;
     for (uint64_t base = blockIdx.x * tile + threadIdx.x; base < groups; base += gridDim.x * tile) {
@@ -55,10 +49,7 @@ __device__ __forceinline__ void convert(const X* x, Y* y, uint64_t n, Op op) {
 #pragma unroll
         for (int u = 0; u < GROUPS; u++) {
             const uint64_t group = base + u * blockDim.x;
-            if (group < groups) {
-                from[u].load(x + group * GROUP);
-                if (READ_Y) to[u].load(y + group * GROUP);
-            }
+            if (group < groups) from[u].load(x + group * GROUP);
         }
 #pragma unroll
         for (int u = 0; u < GROUPS; u++) {
@@ -66,52 +57,20 @@ __device__ __forceinline__ void convert(const X* x, Y* y, uint64_t n, Op op) {
             if (group < groups) {
                 float values[GROUP];
 #pragma unroll
-                for (int k = 0; k < GROUP; k++) values[k] = op(from[u].value(k), READ_Y ? to[u].value(k) : 0.0f);
+                for (int k = 0; k < GROUP; k++) values[k] = from[u].value(k);
                 to[u].store(y + group * GROUP, values);
             }
         }
     }
-    for (uint64_t i = groups * GROUP + global_thread(); i < n; i += grid_threads()) {
-        y[i] = from_float<Y>(op(to_float(x[i]), READ_Y ? to_float(y[i]) : 0.0f));
-    }
-}
-
-template <typename T> __device__ __forceinline__ void fill(T* y, uint64_t n, float value) {
-    constexpr int LANES = Pack<T>::LANES;
-    const T element = from_float<T>(value);
-    Pack<T> pack;
-#pragma unroll
-    for (int k = 0; k < LANES; k++) pack.lane[k] = element;
-    const uint64_t packs = aligned(y) ? n / LANES : 0;
-    for (uint64_t i = global_thread(); i < packs; i += grid_threads()) store_aligned(y + i * LANES, pack);
-    for (uint64_t i = packs * LANES + global_thread(); i < n; i += grid_threads()) y[i] = element;
+    for (uint64_t i = groups * GROUP + global_thread(); i < n; i += grid_threads()) y[i] = from_float<Y>(to_float(x[i]));
 }
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(BLOCK, RESIDENT)
 
-#define CAST_KERNEL(X, Y)                                                  \
-    KERNEL cast_##X##_to_##Y(const X* x, Y* y, uint64_t n) {               \
-        convert<false>(x, y, n, [](float value, float) { return value; }); \
-    }
+#define CAST_KERNEL(T) \
+    KERNEL cast_f32_to_##T(const float* x, T* y, uint64_t n) { convert(x, y, n); }
 
-CAST_KERNEL(f32, bf16)
-CAST_KERNEL(f32, f16)
-CAST_KERNEL(bf16, f32)
-CAST_KERNEL(bf16, f16)
-CAST_KERNEL(f16, f32)
-CAST_KERNEL(f16, bf16)
-
-#define ARRAY_KERNELS(T)                                                                      \
-    KERNEL accumulate_f32_to_##T(const float* source, T* gradient, uint64_t n) {              \
-        convert<true>(source, gradient, n, [](float x, float y) { return y + x; });           \
-    }                                                                                         \
-    KERNEL scale_add_##T(const T* x, T* y, uint64_t n, float alpha, float beta) {             \
-        if (beta == 0.0f) convert<false>(x, y, n, [=](float a, float) { return alpha * a; }); \
-        else convert<true>(x, y, n, [=](float a, float b) { return alpha * a + beta * b; });  \
-    }                                                                                         \
-    KERNEL fill_##T(T* y, uint64_t n, float value) { fill(y, n, value); }
-
-FOR_EACH_TYPE(ARRAY_KERNELS)
+FOR_EACH_TYPE(CAST_KERNEL)
 
 // By plain loads: data that is marked as read once would leave the rest of the cache as it was.
 KERNEL read_through(const uint4* x, uint64_t n, unsigned* never) {

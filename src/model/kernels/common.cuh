@@ -142,12 +142,6 @@ __device__ __forceinline__ void store_pack(T* pointer, int count, const Pack<T>&
     }
 }
 
-// The same where only a run-time test tells the alignment: for weights, whose few bytes stay in cache.
-template <typename T>
-__device__ __forceinline__ void load_floats(const T* pointer, int count, bool vector, float (&values)[Pack<T>::LANES]) {
-    unpack(vector ? load_pack<true>(pointer, count) : load_pack<false>(pointer, count), values);
-}
-
 // Writes up to N floats.
 template <int N> __device__ __forceinline__ void store_floats(float* pointer, int count, const float (&values)[N]) {
     if (count >= N && aligned(pointer)) {

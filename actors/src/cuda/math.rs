@@ -64,7 +64,7 @@ impl Sums {
         if count == 0 {
             return Ok(&[]);
         }
-        debug_assert!(count <= self.capacity);
+        assert!(count <= self.capacity, "{count} numbers of {} were reserved", self.capacity);
         // SAFETY: `reserve` made room for them; nobody else has a reference, and the copy is over before this one is read.
         let values = unsafe { std::slice::from_raw_parts_mut(self.on_host, count) };
         // SAFETY: as above; the device's room has as many.

@@ -107,7 +107,7 @@ pub enum MemoryError {
     },
     /// Compiled kernels do not fit this GPU or its driver.
     #[error(
-        "the kernels `{name}` do not load on this GPU: {reason}; build with CUDA_COMPUTE_CAP set to its compute capability and check the driver's version"
+        "the kernels `{name}` do not load on this GPU: {reason}; they are for compute capability 9.0 (H100, H200) and a driver of CUDA 13.0 or newer"
     )]
     Kernels {
         /// The source.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, Device, Tensor, Var};
 use patrickstar::model::compute::Compute;
-use patrickstar::model::gpt2::{Gpt2Config, blocks};
+use patrickstar::model::gpt2::{self, Gpt2Config, blocks};
 use patrickstar::model::param::{Param, ParamTile};
 use patrickstar::model::rng;
 use patrickstar::model::tape::Tape;
@@ -30,7 +30,13 @@ fn model(tied: bool, exact_gelu: bool) -> Gpt2Config {
         layer_norm_eps: 1e-5,
         exact_gelu,
         initializer_range: 0.2,
+        divide_above: gpt2::DIVIDE_ABOVE,
     }
+}
+
+/// Wide enough for two panels to a linear layer.
+fn in_panels() -> Gpt2Config {
+    Gpt2Config { hidden: 48, divide_above: 0, ..model(true, false) }
 }
 
 /// Parameters and gradients in plain vectors.
@@ -174,8 +180,7 @@ fn plain(config: &Gpt2Config, vars: &BTreeMap<String, Var>) -> candle_core::Resu
 
 #[test]
 fn gradients_equal_those_of_autograd_on_a_plain_copy() {
-    for (tied, exact_gelu) in [(true, false), (false, true)] {
-        let config = model(tied, exact_gelu);
+    for config in [model(true, false), model(false, true), in_panels()] {
         let blocks = blocks(&config);
         let mut memory = Memory::new(&blocks);
         let loss = run(&blocks, &mut memory, true, 1);
@@ -231,10 +236,11 @@ fn gradients_equal_finite_differences_along_random_directions() {
 
 #[test]
 fn tiling_a_parameter_over_chunks_changes_no_bit() {
-    let config = model(true, false);
-    let blocks = blocks(&config);
-    let mut whole = Memory::new(&blocks);
-    let mut tiled = Memory::new(&blocks);
-    assert_eq!(run(&blocks, &mut whole, true, 1000).to_bits(), run(&blocks, &mut tiled, true, 1).to_bits());
-    assert!(whole.gradients == tiled.gradients);
+    for config in [model(true, false), in_panels()] {
+        let blocks = blocks(&config);
+        let mut whole = Memory::new(&blocks);
+        let mut tiled = Memory::new(&blocks);
+        assert_eq!(run(&blocks, &mut whole, true, 1000).to_bits(), run(&blocks, &mut tiled, true, 1).to_bits());
+        assert!(whole.gradients == tiled.gradients);
+    }
 }

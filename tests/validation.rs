@@ -6,6 +6,7 @@ use std::process::Command;
 
 use patrickstar::config::{Recompute, Size};
 use patrickstar::data::{TokenBatch, Tokenizer};
+use patrickstar::model::gpt2;
 use patrickstar::train::model::{build, to_batch};
 use patrickstar::{Batch, Config, Engine};
 use patrickstar_actors::types::{Kind, Precision};
@@ -57,6 +58,26 @@ fn train(config: Config, look: bool) -> Vec<u64> {
     }
     assert!(engine.runtime().stats().chunk_moves() > 0, "nothing travelled: the test shows nothing");
     bits
+}
+
+#[test]
+fn linears_in_panels_train_in_chunks_smaller_than_a_matrix_with_the_same_bits() {
+    let with = |chunk: &str, divide_above: usize| {
+        let mut config = config(Precision::Bf16, 0.0);
+        (config.model.hidden, config.model.divide_above) = (256, divide_above);
+        config.memory.device = "24MiB".parse().unwrap();
+        config.memory.chunk = Size::Bytes(chunk.parse().unwrap());
+        let (_, blocks) = build(&mut config, &Tokenizer::load("bytes").unwrap()).unwrap();
+        Engine::new(config, blocks)
+    };
+    let losses = |engine: Result<Engine, patrickstar::Error>| {
+        let mut engine = engine.unwrap();
+        (0..3).map(|step| engine.step(&batch(step, 2)).unwrap().loss.to_bits()).collect::<Vec<u64>>()
+    };
+    // The first matrix has 768 rows of 256, 384 KiB in 16 bits; panels have 128 rows, of 1024 at most.
+    let error = with("288KiB", gpt2::DIVIDE_ABOVE).err().expect("a matrix does not fit into a chunk");
+    assert!(error.to_string().contains("set the chunk size to at least 393216"), "{error}");
+    assert_eq!(losses(with("288KiB", 8 << 10)), losses(with("576KiB", 8 << 10)));
 }
 
 #[test]

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::values::{
     Boundaries, DeviceKind, Embedding, OptimizerKind, Placement, Policy, Recompute, Schedule, Share, Size, bytes,
 };
+use crate::model::gpt2;
 
 /// The model that is trained.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -37,6 +38,8 @@ pub struct Model {
     pub precision: Precision,
     /// Where rows of the embedding are looked up: "device", to which all of it comes, or "host", from where the rows in use come.
     pub embedding: Embedding,
+    /// Elements of a linear layer's weight above which it is divided into panels of rows that may lie in several chunks.
+    pub divide_above: usize,
 }
 
 impl Default for Model {
@@ -53,6 +56,7 @@ impl Default for Model {
             tied: true,
             precision: Precision::Fp32,
             embedding: Embedding::Device,
+            divide_above: gpt2::DIVIDE_ABOVE,
         }
     }
 }

@@ -36,6 +36,8 @@ pub struct Gpt2Config {
     pub exact_gelu: bool,
     /// Standard deviation of initial weights.
     pub initializer_range: f32,
+    /// Elements of a linear layer's weight above which it is divided into panels.
+    pub divide_above: usize,
 }
 
 /// Most rows of a panel of the embedding and the head, by vocabulary: small chunks for small models, products of full
@@ -45,14 +47,14 @@ fn panel_rows(rows: usize) -> usize {
     panel.min(rows)
 }
 
-/// Elements of a linear layer's weight above which it may lie in several chunks: up to here a chunk that holds it is no
-/// larger than what copies and placement like best.
-const DIVISIBLE: usize = 128 << 20;
+/// Elements of a linear layer's weight up to which a chunk that holds it is no larger than what copies and placement like
+/// best.
+pub const DIVIDE_ABOVE: usize = 128 << 20;
 
-/// Rows of a panel of such a weight, 128 MiB in 16 bits; `None` where it lies in one chunk.
-fn linear_panel_rows(out: usize, inner: usize) -> Option<usize> {
-    let rows = (DIVISIBLE / 2 / inner.max(1)) / 128 * 128;
-    (out * inner > DIVISIBLE).then_some(rows.max(128))
+/// Rows of a panel of a weight that is divided, 128 MiB in 16 bits by default; `None` where it lies in one chunk.
+fn linear_panel_rows(out: usize, inner: usize, divide_above: usize) -> Option<usize> {
+    let rows = (divide_above / 2 / inner.max(1)) / 128 * 128;
+    (out * inner > divide_above).then_some(rows.max(128))
 }
 
 /// Vocabulary of the benchmark shapes: GPT-2's, padded to a multiple of 128.
@@ -157,7 +159,7 @@ impl Gpt2Config {
     pub fn from_config(config: &Config) -> std::result::Result<Self, Error> {
         let model = &config.model;
         if let Some(path) = &model.path {
-            return hf::read_config(path);
+            return Ok(Gpt2Config { divide_above: model.divide_above, ..hf::read_config(path)? });
         }
         let (hidden, layers, heads, context, vocab) = match shape(&model.preset) {
             Some((hidden, layers, heads, context)) => {
@@ -177,6 +179,7 @@ impl Gpt2Config {
             layer_norm_eps: 1e-5,
             exact_gelu: false,
             initializer_range: 0.02,
+            divide_above: model.divide_above,
         };
         result.validate()?;
         Ok(result)
@@ -280,7 +283,7 @@ impl LayerBlock {
             shape: vec![out, inner],
             init: Init::Normal { std },
             decay: true,
-            tile_rows: linear_panel_rows(out, inner),
+            tile_rows: linear_panel_rows(out, inner, self.model.divide_above),
         };
         [weight, vector(format!("{}.{name}.bias", self.prefix), out, Init::Zeros)]
     }

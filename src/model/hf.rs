@@ -10,7 +10,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::gpt2::Gpt2Config;
+use super::gpt2::{DIVIDE_ABOVE, Gpt2Config};
 use crate::error::Error;
 
 /// Reads `config.json`.
@@ -55,6 +55,7 @@ pub fn read_config(directory: &Path) -> Result<Gpt2Config, Error> {
         layer_norm_eps: json["layer_norm_epsilon"].as_f64().unwrap_or(1e-5),
         exact_gelu,
         initializer_range: json["initializer_range"].as_f64().unwrap_or(0.02) as f32,
+        divide_above: DIVIDE_ABOVE,
     };
     model.validate()?;
     Ok(model)

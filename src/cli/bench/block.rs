@@ -98,6 +98,7 @@ impl Layer {
             layer_norm_eps: 1e-5,
             exact_gelu: false,
             initializer_range: 0.02,
+            divide_above: gpt2::DIVIDE_ABOVE,
         };
         let block = gpt2::blocks(&model).swap_remove(1);
         let (precision, dtype) = match compute {

@@ -58,7 +58,11 @@ impl Place {
 
     /// Rounds as an activation here would be.
     pub fn round(&self, value: f32) -> f32 {
-        if self.dtype() == DType::BF16 { bf16::from_f32(value).to_f32() } else { value }
+        match self.dtype() {
+            DType::BF16 => bf16::from_f32(value).to_f32(),
+            DType::F16 => f16::from_f32(value).to_f32(),
+            _ => value,
+        }
     }
 
     /// `values` as an activation.

@@ -6,6 +6,7 @@
 mod harness;
 
 use candle_core::{DType, Device, Tensor};
+use harness::definitions::{self, TAILS};
 use harness::{Owned, Place, checks, constant, context, floats};
 use patrickstar::Context;
 use patrickstar::model::ops;
@@ -19,6 +20,28 @@ fn in_both(check: impl Fn(&Place)) {
 #[test]
 fn linear() {
     in_both(checks::linear);
+}
+
+/// Tokens, inner and outer width, each through the tails.
+#[test]
+fn results_are_what_definitions_say() {
+    in_both(|place| {
+        for s in TAILS {
+            for sizes in [[s, 24, 10], [5, s, 7], [6, 16, s]] {
+                definitions::linear(place, sizes);
+                definitions::cross_entropy(place, sizes);
+                definitions::embedding(place, sizes);
+                definitions::positions(place, sizes);
+            }
+            for sizes in [[s, 24], [5, s]] {
+                definitions::layer_norm(place, sizes);
+            }
+        }
+    });
+    for s in TAILS {
+        definitions::gelu(&Place::host(Precision::Fp32), s);
+        definitions::dropout(&Place::host(Precision::Fp32), s);
+    }
 }
 
 #[test]

@@ -6,7 +6,11 @@
 mod harness;
 
 use candle_core::{Device, Tensor};
-use harness::{Op, Owned, Place, check, constant, floats, floats_of, run};
+use harness::checks::{self, ropes};
+use harness::definitions::{self, TAILS};
+use harness::masks::attentions;
+use harness::near::{near, wide};
+use harness::{Op, Owned, Place, constant, floats, floats_of, run};
 use patrickstar::model::ops::{self, Attention, Rope, Segments};
 use patrickstar_actors::types::Precision;
 
@@ -16,20 +20,6 @@ fn host() -> Place {
     Place::host(Precision::Fp32)
 }
 
-/// Elements as f64.
-fn wide(tensor: &Tensor) -> Vec<f64> {
-    floats_of(tensor).into_iter().map(f64::from).collect()
-}
-
-fn near(what: &str, got: &[f32], want: &[f64], tolerance: f64) {
-    assert_eq!(got.len(), want.len(), "{what}: number of elements");
-    let largest = want.iter().fold(0f64, |most, value| most.max(value.abs()));
-    for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
-        let apart = (f64::from(got) - want).abs();
-        assert!(apart <= tolerance * largest, "{what}, element {index}: {got}, by definition {want}");
-    }
-}
-
 fn assert_error(result: candle_core::Result<patrickstar::Activation>, names: &str) {
     let message = result.err().expect("what does not fit is accepted").to_string();
     assert!(message.contains(names), "`{message}` does not name {names}");
@@ -37,47 +27,28 @@ fn assert_error(result: candle_core::Result<patrickstar::Activation>, names: &st
 
 #[test]
 fn rms_norm() {
+    PRECISIONS.map(Place::host).iter().for_each(checks::rms_norm);
+}
+
+#[test]
+fn rms_norm_is_what_it_says() {
     for place in PRECISIONS.map(Place::host) {
-        for width in [5, 16, 33] {
-            let mut owned = [Owned::new("w", &[width], place.precision)];
-            let op: Op<'_> = &|x, p, _| ops::rms_norm(x, &p[0], 1e-5);
-            check(&place, "RMS norm", &floats(&[2, 3, width]), &mut owned, 2e-3, op);
-            let op: Op<'_> = &|x, p, _| ops::add(x, &ops::rms_norm(x, &p[0], 1e-5)?);
-            owned[0].gradient.fill(0);
-            check(&place, "RMS norm beside a branch", &floats(&[4, width]), &mut owned, 2e-3, op);
+        for width in TAILS {
+            definitions::rms_norm(&place, [3, width]);
         }
     }
 }
 
 #[test]
-fn rms_norm_is_what_it_says() {
-    let (x, mut owned) = (floats(&[3, 17]), [Owned::new("w", &[17], Precision::Fp32)]);
-    let weights: Vec<f64> = (0..17).map(|i| f64::from(owned[0].read(&owned[0].weight, i))).collect();
-    // An eps that a wrong place for it would show.
-    let (y, _) = run(&host(), &x, &mut owned, &|x, p, _| ops::rms_norm(x, &p[0], 0.1));
-    let normed = |row: &[f64]| {
-        let root = (row.iter().map(|x| x * x).sum::<f64>() / 17.0 + 0.1).sqrt();
-        row.iter().zip(&weights).map(|(x, w)| x / root * w).collect::<Vec<_>>()
-    };
-    near("RMS norm", &y, &wide(&x).chunks(17).flat_map(normed).collect::<Vec<_>>(), 1e-6);
-}
-
-#[test]
 fn swiglu() {
-    for width in [1, 4, 33] {
-        let x = (floats(&[2, 3, 2 * width]) * 3.0).unwrap();
-        check(&host(), "SwiGLU", &x, &mut [], 1e-3, &|x, _, _| ops::swiglu(x));
-    }
-    let op: Op<'_> = &|x, _, _| ops::add(&ops::swiglu(x)?, &ops::swiglu(&ops::add(x, x)?)?);
-    check(&host(), "SwiGLU of a branch", &floats(&[3, 10]), &mut [], 1e-3, op);
+    checks::swiglu(&host());
 }
 
 #[test]
 fn swiglu_is_what_it_says() {
-    let x = (floats(&[5, 14]) * 4.0).unwrap();
-    let (y, _) = run(&host(), &x, &mut [], &|x, _, _| ops::swiglu(x));
-    let gated = |row: &[f64]| (0..7).map(|i| row[i] / (1.0 + (-row[i]).exp()) * row[7 + i]).collect::<Vec<_>>();
-    near("SwiGLU", &y, &wide(&x).chunks(14).flat_map(gated).collect::<Vec<_>>(), 1e-6);
+    for width in TAILS {
+        definitions::swiglu(&host(), [5, width]);
+    }
     // Exponentials that leave the range of fp32 are no NaN.
     let far = Tensor::new(&[[-1e4f32, 1e4, 2.0, 3.0]], &Device::Cpu).unwrap();
     let (y, dx) = run(&host(), &far, &mut [], &|x, _, _| ops::swiglu(x));
@@ -85,52 +56,18 @@ fn swiglu_is_what_it_says() {
     assert!(dx.iter().all(|value| value.is_finite()), "{dx:?}");
 }
 
-/// Queries and keys of 2 and 1 heads of 6, then values, which stay.
-fn ropes() -> Vec<Rope> {
-    let mut ropes = Vec::new();
-    for interleaved in [false, true] {
-        for rotary_dim in [6, 4, 2] {
-            ropes.push(Rope { heads: 3, head_dim: 6, rotary_dim, theta: 100.0, interleaved });
-        }
-    }
-    ropes
-}
-
 #[test]
 fn rope() {
-    for rope in ropes() {
-        check(&host(), "rope", &floats(&[2, 5, 24]), &mut [], 1e-3, &|x, _, _| ops::rope(x, &rope));
-        let op: Op<'_> = &|x, _, _| ops::add(x, &ops::rope(x, &rope)?);
-        check(&host(), "rope beside a branch", &floats(&[1, 3, 18]), &mut [], 1e-3, op);
-    }
+    checks::rope(&host());
 }
 
 #[test]
 fn rope_is_what_it_says() {
     // Longer and shorter times than before, which a table is kept for.
-    for (time, rope) in [3, 700, 5].into_iter().flat_map(|time| ropes().into_iter().map(move |rope| (time, rope))) {
-        let x = floats(&[2, time, 24]);
-        let (y, dx) = run(&host(), &x, &mut [], &|x, _, _| ops::rope(x, &rope));
-        let mut want = wide(&x);
-        for (row, columns) in want.chunks_mut(24).enumerate() {
-            for head in 0..3 {
-                for pair in 0..rope.rotary_dim / 2 {
-                    let (first, second) =
-                        if rope.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + rope.rotary_dim / 2) };
-                    let exponent = -2.0 * pair as f64 / rope.rotary_dim as f64;
-                    let angle = (row % time) as f64 * rope.theta.powf(exponent);
-                    let (a, b) = (columns[6 * head + first], columns[6 * head + second]);
-                    columns[6 * head + first] = a * angle.cos() - b * angle.sin();
-                    columns[6 * head + second] = a * angle.sin() + b * angle.cos();
-                }
-            }
+    for time in [3, 700, 5] {
+        for rope in ropes() {
+            definitions::rope(&host(), time, 24, &rope);
         }
-        near("rope", &y, &want, 1e-6);
-        // The backward turns the other way: applied to what the forward made, it gives back the input.
-        let turned = Tensor::from_vec(dx, x.shape(), &Device::Cpu).unwrap();
-        let (again, _) = run(&host(), &turned, &mut [], &|x, _, _| ops::rope(x, &rope));
-        let upstream: Vec<f64> = harness::upstream(&host(), again.len()).into_iter().map(f64::from).collect();
-        near("rope there and back", &again, &upstream, 1e-6);
     }
 }
 
@@ -142,94 +79,19 @@ fn rope_leaves_its_input_alone() {
     assert!(floats_of(&y) != before && floats_of(&x) == before);
 }
 
-/// The samples of each of two sequences.
-fn samples(time: usize) -> [Vec<usize>; 2] {
-    let mut rest = vec![1; time.min(2)];
-    rest.extend((time > 2).then(|| time - 2));
-    [vec![time / 2, time - time / 2], rest]
-}
-
-/// Heads, groups and masks in every combination, for two sequences.
-fn attentions(time: usize) -> Vec<Attention> {
-    let packed = Segments::new(&samples(time)).unwrap();
-    let mut attentions = Vec::new();
-    for (heads, kv_heads) in [(2, 2), (4, 2), (3, 1)] {
-        for causal in [true, false] {
-            for window in [None, Some(1), Some(3), Some(time), Some(usize::MAX)] {
-                for segments in [None, Some(packed.clone())] {
-                    attentions.push(Attention { heads, kv_heads, causal, window, segments });
-                }
-            }
-        }
-    }
-    attentions
-}
-
-fn packed_width(attention: &Attention, head: usize) -> usize {
-    (attention.heads + 2 * attention.kv_heads) * head
-}
-
-/// Whether a query sees a key: the masks' definition. `lengths` are those of the samples of one sequence.
-fn sees(attention: &Attention, lengths: Option<&[usize]>, query: usize, key: usize) -> bool {
-    let sample = |lengths: &[usize], token: usize| {
-        let ends = lengths.iter().scan(0, |end, length| {
-            *end += length;
-            Some(*end)
-        });
-        ends.take_while(|&end| end <= token).count()
-    };
-    (!attention.causal || key <= query)
-        && attention.window.is_none_or(|window| (query as i128 - key as i128) < window as i128)
-        && lengths.is_none_or(|lengths| sample(lengths, query) == sample(lengths, key))
-}
-
-/// Attention by its definition, one number after another.
-fn naive(qkv: &Tensor, attention: &Attention, lengths: Option<&[Vec<usize>]>) -> Vec<f64> {
-    let (batch, time, packed) = qkv.dims3().unwrap();
-    let (heads, kv_heads) = (attention.heads, attention.kv_heads);
-    let (values, width) = (wide(qkv), packed / (heads + 2 * kv_heads));
-    let at = |b: usize, t: usize, head: usize, i: usize| values[(b * time + t) * packed + head * width + i];
-    let mut out = Vec::new();
-    for b in 0..batch {
-        let lengths = lengths.map(|lengths| &lengths[b][..]);
-        for (query, head) in (0..time).flat_map(|query| (0..heads).map(move |head| (query, head))) {
-            let shared = head / (heads / kv_heads);
-            let weight = |key: usize| {
-                let dot: f64 = (0..width).map(|i| at(b, query, head, i) * at(b, key, heads + shared, i)).sum();
-                if sees(attention, lengths, query, key) { (dot / (width as f64).sqrt()).exp() } else { 0.0 }
-            };
-            let weights: Vec<f64> = (0..time).map(weight).collect();
-            let sum: f64 = weights.iter().sum();
-            for i in 0..width {
-                let value = |key: usize| weights[key] / sum * at(b, key, heads + kv_heads + shared, i);
-                out.push((0..time).map(value).sum());
-            }
-        }
-    }
-    out
-}
-
 #[test]
 fn attention() {
     for attention in attentions(4) {
-        let x = floats(&[2, 4, packed_width(&attention, 3)]);
-        let name = format!("attention, {attention:?}");
-        check(&host(), &name, &x, &mut [], 2e-3, &|x, _, _| ops::attention(x, &attention));
+        checks::masked_attention(&host(), 2, 4, 3, &attention);
     }
-    let grouped = Attention { kv_heads: 1, ..Attention::causal(2) };
-    let op: Op<'_> = &|x, _, _| ops::add(&ops::attention(x, &grouped)?, &ops::attention(x, &grouped)?);
-    check(&host(), "attention twice", &floats(&[1, 5, 4 * 3]), &mut [], 2e-3, op);
+    checks::attention_twice(&host(), 3);
 }
 
 #[test]
 fn attention_is_what_it_says() {
     for time in [2, 3, 7, 33] {
-        let samples = samples(time);
         for attention in attentions(time) {
-            let x = floats(&[2, time, packed_width(&attention, 5)]);
-            let (y, _) = run(&host(), &x, &mut [], &|x, _, _| ops::attention(x, &attention));
-            let lengths = attention.segments.is_some().then_some(&samples[..]);
-            near(&format!("{attention:?}"), &y, &naive(&x, &attention, lengths), 1e-5);
+            definitions::attention(&host(), time, 5, &attention);
         }
     }
 }
@@ -243,8 +105,7 @@ fn packed_samples_do_not_see_each_other() {
     };
     let packed = values(&x, &attention);
     let second = x.narrow(1, 3, 4).unwrap().contiguous().unwrap();
-    let want: Vec<f64> = values(&second, &alone).into_iter().map(f64::from).collect();
-    near("the second sample", &packed[3 * 8..], &want, 1e-6);
+    near("the second sample", &packed[3 * 8..], &wide(&values(&second, &alone)), definitions::within(&host(), 0));
 }
 
 /// The general operation has the bits of the causal one, and masks that hide nothing change none.

@@ -5,11 +5,8 @@ use patrickstar_actors::types::Precision;
 
 use crate::compare::{compare, input};
 use crate::harness::Op;
+use crate::harness::masks::INNER;
 use crate::{PRECISIONS, gpu, sizes};
-
-/// Probabilities, their gradients and the output, whose product with its gradient is subtracted from those, are rounded to
-/// eight bits before products with keys, queries and values.
-const INNER: u32 = 4;
 
 pub fn check(precision: Precision, [batch, time, heads, head]: [usize; 4]) {
     let x = input(precision, &[batch, time, 3 * heads * head]);

@@ -5,30 +5,8 @@ use half::{bf16, f16};
 use patrickstar_actors::types::{Precision, Tier};
 
 use crate::gpu;
+use crate::harness::near::{near_above, tolerance, wide};
 use crate::harness::{Op, Owned, Place, run_from};
-
-/// Distances at which sums and elements are cut into threads, packs and tiles, one less and one more.
-pub const TAILS: [usize; 8] = [1, 7, 31, 33, 127, 129, 1000, 2049];
-
-/// How far a result may be from the host's: a share of itself, and of the largest of its tensor.
-#[derive(Clone, Copy)]
-pub struct Tolerance {
-    relative: f64,
-    absolute: f64,
-}
-
-/// In fp32 both sides round, in different orders, sums of up to some thousand terms, and the GPU's exponentials are a few
-/// units in the last place off: 1e-5 of the largest.
-///
-/// bf16 has eight bits, so a result is off by at most 2^-8 of itself where the GPU computes in fp32 and rounds once, and
-/// by `inner` times 2^-8 of the largest where terms of it were rounded before. fp16 has eleven.
-pub fn tolerance(precision: Precision, inner: u32) -> Tolerance {
-    match precision {
-        Precision::Fp32 => Tolerance { relative: 1e-5, absolute: 1e-5 },
-        Precision::Bf16 => Tolerance { relative: 1.0 / 256.0 + 1e-5, absolute: f64::from(inner) / 256.0 + 1e-5 },
-        Precision::Fp16 => Tolerance { relative: 1.0 / 2048.0 + 1e-5, absolute: f64::from(inner) / 2048.0 + 1e-5 },
-    }
-}
 
 /// Name of the weight of an operation whose output is a loss.
 pub const HEAD: &str = "head";
@@ -143,24 +121,8 @@ pub fn compare_above(
         let what = format!("{name}, {part}");
         // A loss stays fp32.
         let rounded = if part == "output" && expected.is_loss { Precision::Fp32 } else { precision };
-        near_above(&what, got, want, tolerance(rounded, inner), scale);
+        near_above(&what, got, &wide(want), tolerance(rounded, inner), scale);
         assert_same_bits(&what, got, again);
-    }
-}
-
-pub fn near(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance) {
-    near_above(what, got, want, tolerance, 0.0);
-}
-
-fn near_above(what: &str, got: &[f32], want: &[f32], tolerance: Tolerance, scale: f64) {
-    assert_eq!(got.len(), want.len(), "{what}: number of elements");
-    let largest = want.iter().fold(scale, |most, value| most.max(f64::from(value.abs())));
-    for (index, (&got, &want)) in got.iter().zip(want).enumerate() {
-        let (got, want) = (f64::from(got), f64::from(want));
-        let allowed = tolerance.relative * want.abs() + tolerance.absolute * largest;
-        // Also wrong where one of them is no number.
-        let within = (got - want).abs() <= allowed;
-        assert!(within, "{what}, element {index}: {got} on the GPU, {want} on the host, more than {allowed:e} apart");
     }
 }
 

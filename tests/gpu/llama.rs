@@ -2,12 +2,11 @@
 
 use patrickstar::model::ops::{self, Attention, Rope, Segments};
 
-use crate::compare::{TAILS, compare, input, whole};
+use crate::compare::{compare, input, whole};
 use crate::harness::Op;
+use crate::harness::definitions::TAILS;
+use crate::harness::masks::INNER;
 use crate::{PRECISIONS, sizes};
-
-/// As for causal attention: what is rounded to 16 bits before products.
-const INNER: u32 = 4;
 
 #[test]
 fn rms_norm() {

@@ -13,6 +13,7 @@ mod harness;
 mod attention;
 mod chunks;
 mod compare;
+mod definitions;
 mod derivatives;
 mod kernels;
 mod llama;

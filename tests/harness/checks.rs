@@ -1,8 +1,9 @@
 //! The derivatives of each operation, wherever it runs.
 
 use candle_core::{DType, Device, Tensor};
-use patrickstar::model::ops;
+use patrickstar::model::ops::{self, Attention, Rope};
 
+use super::masks::packed_width;
 use super::{Op, Owned, Place, check, floats};
 
 pub fn linear(place: &Place) {
@@ -47,6 +48,45 @@ pub fn layer_norm(place: &Place) {
     }
 }
 
+pub fn rms_norm(place: &Place) {
+    for width in [5, 16, 33] {
+        let mut owned = [Owned::new("w", &[width], place.precision)];
+        let op: Op<'_> = &|x, p, _| ops::rms_norm(x, &p[0], 1e-5);
+        check(place, "RMS norm", &floats(&[2, 3, width]), &mut owned, 2e-3, op);
+        let op: Op<'_> = &|x, p, _| ops::add(x, &ops::rms_norm(x, &p[0], 1e-5)?);
+        owned[0].gradient.fill(0);
+        check(place, "RMS norm beside a branch", &floats(&[4, width]), &mut owned, 2e-3, op);
+    }
+}
+
+pub fn swiglu(place: &Place) {
+    for width in [1, 4, 33] {
+        let x = (floats(&[2, 3, 2 * width]) * 3.0).unwrap();
+        check(place, "SwiGLU", &x, &mut [], 1e-3, &|x, _, _| ops::swiglu(x));
+    }
+    let op: Op<'_> = &|x, _, _| ops::add(&ops::swiglu(x)?, &ops::swiglu(&ops::add(x, x)?)?);
+    check(place, "SwiGLU of a branch", &floats(&[3, 10]), &mut [], 1e-3, op);
+}
+
+/// Queries and keys of 2 and 1 heads of 6 elements; what is behind them stays.
+pub fn ropes() -> Vec<Rope> {
+    let mut ropes = Vec::new();
+    for interleaved in [false, true] {
+        for rotary_dim in [6, 4, 2] {
+            ropes.push(Rope { heads: 3, head_dim: 6, rotary_dim, theta: 100.0, interleaved });
+        }
+    }
+    ropes
+}
+
+pub fn rope(place: &Place) {
+    for rope in ropes() {
+        check(place, "rope", &floats(&[2, 5, 24]), &mut [], 1e-3, &|x, _, _| ops::rope(x, &rope));
+        let op: Op<'_> = &|x, _, _| ops::add(x, &ops::rope(x, &rope)?);
+        check(place, "rope beside a branch", &floats(&[1, 3, 18]), &mut [], 1e-3, op);
+    }
+}
+
 pub fn gelu(place: &Place) {
     let x = (floats(&[64]) * 4.0).unwrap();
     check(place, "tanh", &x, &mut [], 1e-3, &|x, _, _| ops::gelu_tanh(x));
@@ -59,6 +99,19 @@ pub fn attention(place: &Place, sizes: &[[usize; 4]]) {
         let x = floats(&[batch, time, 3 * heads * head]);
         check(place, "attention", &x, &mut [], 2e-3, &|x, _, _| ops::causal_attention(x, heads));
     }
+}
+
+/// Sequences of `time` tokens, for masks that fit them.
+pub fn masked_attention(place: &Place, sequences: usize, time: usize, head: usize, attention: &Attention) {
+    let x = floats(&[sequences, time, packed_width(attention, head)]);
+    let name = format!("attention, {attention:?}");
+    check(place, &name, &x, &mut [], 2e-3, &|x, _, _| ops::attention(x, attention));
+}
+
+pub fn attention_twice(place: &Place, head: usize) {
+    let grouped = Attention { kv_heads: 1, ..Attention::causal(2) };
+    let op: Op<'_> = &|x, _, _| ops::add(&ops::attention(x, &grouped)?, &ops::attention(x, &grouped)?);
+    check(place, "attention twice", &floats(&[1, 5, 4 * head]), &mut [], 2e-3, op);
 }
 
 pub fn embeddings(place: &Place) {

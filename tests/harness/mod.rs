@@ -5,6 +5,9 @@
 #![allow(dead_code)] // each test program uses its part of it
 
 pub mod checks;
+pub mod definitions;
+pub mod masks;
+pub mod near;
 
 use candle_core::{DType, Device, Result, Tensor};
 use half::{bf16, f16};
@@ -139,6 +142,11 @@ impl Owned {
     /// The gradient so far.
     pub fn gradients(&self) -> Vec<f32> {
         (0..self.gradient.len()).map(|i| self.read(&self.gradient, i)).collect()
+    }
+
+    /// The weights as they are stored.
+    pub fn weights(&self) -> Vec<f32> {
+        (0..self.weight.len()).map(|i| self.read(&self.weight, i)).collect()
     }
 
     pub fn columns(&self) -> usize {

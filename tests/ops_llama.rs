@@ -31,6 +31,13 @@ fn rms_norm() {
 }
 
 #[test]
+fn norms_add_to_gradients() {
+    for place in PRECISIONS.map(Place::host) {
+        checks::norms_add_to_gradients(&place, [6, 33]);
+    }
+}
+
+#[test]
 fn rms_norm_is_what_it_says() {
     for place in PRECISIONS.map(Place::host) {
         for width in TAILS {

@@ -4,7 +4,8 @@ use candle_core::{DType, Device, Tensor};
 use patrickstar::model::ops::{self, Attention, Rope};
 
 use super::masks::packed_width;
-use super::{Op, Owned, Place, check, floats};
+use super::near::{near, tolerance, wide};
+use super::{Op, Owned, Place, check, floats, random, run};
 
 pub fn linear(place: &Place) {
     let new = |name, shape: &[usize]| Owned::new(name, shape, place.precision);
@@ -56,6 +57,27 @@ pub fn rms_norm(place: &Place) {
         let op: Op<'_> = &|x, p, _| ops::add(x, &ops::rms_norm(x, &p[0], 1e-5)?);
         owned[0].gradient.fill(0);
         check(place, "RMS norm beside a branch", &floats(&[4, width]), &mut owned, 2e-3, op);
+    }
+}
+
+/// Backwards of norms add to the gradients that are there, whatever way their kernels take.
+pub fn norms_add_to_gradients(place: &Place, [rows, width]: [usize; 2]) {
+    let layer: Op<'_> = &|x, p, _| ops::layer_norm(x, &p[0], &p[1], 1e-5);
+    let rms: Op<'_> = &|x, p, _| ops::rms_norm(x, &p[0], 1e-5);
+    for (name, op, vectors) in [("layer norm", layer, &["w", "b"][..]), ("RMS norm", rms, &["w"])] {
+        let mut owned: Vec<Owned> = vectors.iter().map(|name| Owned::new(name, &[width], place.precision)).collect();
+        let x = floats(&[rows, width]);
+        run(place, &x, &mut owned, op);
+        let alone: Vec<Vec<f32>> = owned.iter().map(Owned::gradients).collect();
+        let earlier = |owned: &mut Owned| owned.begin_with(&random("earlier", width));
+        let earlier: Vec<Vec<f32>> = owned.iter_mut().map(earlier).collect();
+        run(place, &x, &mut owned, op);
+        for ((owned, alone), earlier) in owned.iter().zip(&alone).zip(&earlier) {
+            let sums = wide(alone).into_iter().zip(wide(earlier)).map(|(alone, earlier)| alone + earlier);
+            let what = format!("{name} of {rows} x {width}, {}: what was added to a gradient", owned.name);
+            // What is added and the sum were each rounded.
+            near(&what, &owned.gradients(), &sums.collect::<Vec<_>>(), tolerance(place.precision, 1));
+        }
     }
 }
 

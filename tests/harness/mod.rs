@@ -144,6 +144,13 @@ impl Owned {
         (0..self.gradient.len()).map(|i| self.read(&self.gradient, i)).collect()
     }
 
+    /// Begins with a gradient that an earlier micro-batch may have left, and returns it as it is stored.
+    pub fn begin_with(&mut self, values: &[f32]) -> Vec<f32> {
+        let precision = self.precision;
+        values.iter().enumerate().for_each(|(i, &value)| Self::write(precision, &mut self.gradient, i, value));
+        self.gradients()
+    }
+
     /// The weights as they are stored.
     pub fn weights(&self) -> Vec<f32> {
         (0..self.weight.len()).map(|i| self.read(&self.weight, i)).collect()

@@ -17,6 +17,7 @@ mod definitions;
 mod derivatives;
 mod kernels;
 mod llama;
+mod memory;
 mod neighbours;
 mod races;
 mod regions;

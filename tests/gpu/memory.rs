@@ -1,10 +1,11 @@
-//! The pool from which activations come: how much the loss head takes from it. There is one for the process, so these tests
-//! run alone: `gpu --ignored --test-threads=1 memory::`.
+//! The pool from which activations come: how much the loss head takes from it, that its cap holds, and what it keeps. There
+//! is one for the process, so these tests run alone: `gpu --ignored --test-threads=1 memory::`.
 
+use candle_core::Tensor;
 use patrickstar::model::ops;
 use patrickstar::model::tape::Tape;
 use patrickstar_actors::cuda::PoolUse;
-use patrickstar_actors::types::Bytes;
+use patrickstar_actors::types::{Bytes, Precision};
 
 use crate::compare::{HEAD, noise, targets};
 use crate::harness::{Owned, Place, context};
@@ -59,4 +60,68 @@ fn the_loss_head_needs_no_more_memory_for_more_tokens_or_a_larger_vocabulary() {
             assert!(large <= BLOCK + 32 * MIB, "{what}");
         }
     }
+}
+
+/// A capped pool for as long as it lives, then one as large as the GPU.
+struct Capped;
+
+impl Capped {
+    fn at(limit: Bytes) -> Self {
+        ops().gpu().cap_pool(limit).unwrap();
+        Capped
+    }
+}
+
+impl Drop for Capped {
+    fn drop(&mut self) {
+        let (_, total) = ops().gpu().context().mem_get_info().unwrap();
+        ops().gpu().cap_pool(Bytes(total as u64)).unwrap();
+    }
+}
+
+/// An activation of so many bytes.
+fn activation(place: &Place, bytes: u64) -> Tensor {
+    let elements = (bytes / 4) as usize;
+    place.tensor(&vec![1.0; elements], &[elements])
+}
+
+#[test]
+#[ignore = "caps the pool of the process; run alone"]
+fn an_activation_beyond_the_cap_is_an_error_that_says_what_to_do() {
+    let place = gpu(Precision::Fp32);
+    place.compute.keep_buffers(Bytes(0)).unwrap();
+    let _capped = Capped::at(Bytes(64 * MIB));
+    let double = |x: &Tensor| {
+        let x = Tape::forgetting(&place.compute).constant(x.clone());
+        ops::add(&x, &x).and_then(|sum| sum.tensor())
+    };
+    let within = activation(&place, 24 * MIB);
+    let sum = double(&within).expect("two of 24 MiB fit into 64 MiB");
+    let message = double(&within).expect_err("a third one fits into 64 MiB").to_string();
+    for part in [format!("no {} left for an activation", Bytes(24 * MIB)), "lower train.batch".into()] {
+        assert!(message.contains(&part), "`{message}` does not say `{part}`");
+    }
+    assert!(pool(&place).reserved.0 <= 64 * MIB);
+    // There is room again when something goes.
+    drop(sum);
+    double(&within).expect("what was given back is there for the next");
+}
+
+#[test]
+#[ignore = "looks at the pool of the process; run alone"]
+fn memory_that_is_given_back_stays_reserved_until_the_pool_is_trimmed() {
+    let place = gpu(Precision::Fp32);
+    place.compute.keep_buffers(Bytes(0)).unwrap();
+    let _capped = Capped::at(Bytes(256 * MIB));
+    let taken = activation(&place, 100 * MIB);
+    let with = pool(&place);
+    assert!(with.live.0 >= 100 * MIB && with.reserved >= with.live, "{with:?}");
+    drop(taken);
+    // Waiting for the GPU is when a pool gives back what is beyond its threshold.
+    let without = pool(&place);
+    assert!(without.live.0 + 100 * MIB <= with.live.0, "{with:?}, then {without:?}");
+    assert_eq!(without.reserved, with.reserved);
+    ops().gpu().trim_pool(Bytes(0)).unwrap();
+    let trimmed = pool(&place);
+    assert!(trimmed.reserved.0 + 100 * MIB <= without.reserved.0, "{without:?}, then {trimmed:?}");
 }

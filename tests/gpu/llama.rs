@@ -1,5 +1,6 @@
 //! The operations of LLaMA-like models on the GPU against the host's.
 
+use patrickstar::Activation;
 use patrickstar::model::ops::{self, Attention, Rope, Segments};
 use patrickstar_actors::types::Precision;
 
@@ -58,6 +59,51 @@ fn rope() {
             check_rope(precision, sizes);
         }
     }
+}
+
+/// Rows and heads that begin at no multiple of 16 bytes, and halves of heads that end at none.
+#[test]
+fn rope_of_heads_that_are_not_aligned() {
+    for precision in PRECISIONS {
+        for sizes in [[33, 6, 6], [77, 10, 4], [9, 7, 2], [300, 33, 32], [5, 16, 12], [40, 20, 10]] {
+            check_rope(precision, sizes);
+        }
+    }
+}
+
+/// Activations that begin in the middle of a tensor, at no multiple of anything.
+#[test]
+fn views_that_begin_anywhere() {
+    for precision in PRECISIONS {
+        for width in [2, 7, 32, 33, 130, 1001] {
+            // Rows that would be aligned are not where the first is not.
+            let view = |dims: &[usize]| {
+                let dims = dims.to_vec();
+                move |x: &Activation| view_from_second(x, &dims)
+            };
+            let of = |dims: &[usize]| input(precision, &[1 + dims.iter().product::<usize>()]);
+            let (dims, later) = ([5, width], view(&[5, width]));
+            let op: Op<'_> = &|x, p, _| ops::rms_norm(&later(x)?, &p[0], 1e-5);
+            compare(precision, "RMS norm of a view", &of(&dims), &[whole("w", &[width])], 0, op);
+            let (dims, later) = ([5, 2 * width], view(&[5, 2 * width]));
+            compare(precision, "SwiGLU of a view", &of(&dims), &[], 0, &|x, _, _| ops::swiglu(&later(x)?));
+            let (dims, later) = ([2, 5, 4 * width], view(&[2, 5, 4 * width]));
+            for interleaved in [false, true] {
+                let rotary_dim = width / 2 * 2;
+                let rope = Rope { heads: 3, head_dim: width, rotary_dim, theta: 10_000.0, interleaved };
+                compare(precision, "rope of a view", &of(&dims), &[], 0, &|x, _, _| ops::rope(&later(x)?, &rope));
+            }
+        }
+    }
+}
+
+/// All elements but the first.
+fn view_from_second(x: &Activation, dims: &[usize]) -> candle_core::Result<Activation> {
+    let dims = dims.to_vec();
+    ops::candle(&[x], move |inputs| {
+        let elements = inputs[0].elem_count() - 1;
+        inputs[0].narrow(0, 1, elements)?.reshape(&dims[..])
+    })
 }
 
 /// Lengths that sum to `time`, cut at places that are no tile's.

@@ -101,7 +101,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "host_ratio": host / total,
         "kernels": kernels,
         "stall_ratio": stats.stall().as_secs_f64() / total,
-        "stall_by_cause_s": stalls,
+        "stall_by_cause": stalls,
         "h2d_gb": gigabytes(Direction::HostToDevice),
         "d2h_gb": gigabytes(Direction::DeviceToHost),
         "link_gbps": {

@@ -175,9 +175,9 @@ impl Plan {
         // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
         // place for them the model waits.
         let gradients = if room.together { away } else { away.min(self.least_gradients()) };
-        // A neighbour may take some of the device: residents then need a place.
-        let homeless =
-            (device.0 / 4 / self.chunk.0.max(1)).min(u64::from(room.persistent * self.split.resident)) as u32;
+        // A neighbour may take some of the device: residents then need a place, and so do their gradients.
+        let of_residents = (room.persistent + 1) * self.split.resident;
+        let homeless = (device.0 / 4 / self.chunk.0.max(1)).min(u64::from(of_residents)) as u32;
         (states + gradients, states + away + homeless)
     }
 }

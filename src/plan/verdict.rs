@@ -8,7 +8,13 @@ use crate::config::{Config, Placement, Share};
 impl Plan {
     /// Device memory below which a job of this plan cannot go on: its largest access beside what is not chunks.
     pub fn least_device(&self) -> Bytes {
-        Bytes(u64::from(self.working_set_chunks) * self.chunk.0 + self.reserved.0)
+        Bytes(self.least_chunks().0 + self.reserved.0)
+    }
+
+    /// The chunks of the largest access of a block, or of a group that is stepped on the device.
+    pub fn least_chunks(&self) -> Bytes {
+        let stepped = if self.split.resident + self.split.streamed > 0 { self.room.persistent + 1 } else { 0 };
+        Bytes(u64::from(self.working_set_chunks.max(stepped)) * self.chunk.0)
     }
 
     /// The `memory.chunk_share` that leaves activations what they have now, were the device's budget `device`.

@@ -2,14 +2,17 @@
 
 use std::time::{Duration, Instant};
 
+use patrickstar_actors::Retune;
 use patrickstar_actors::health::ActorName;
-use patrickstar_actors::types::{Bytes, Precision};
+use patrickstar_actors::stats::Stats;
+use patrickstar_actors::types::{Bytes, Precision, Tier};
 use serde_json::{Value, json};
 
 use crate::Error;
 use crate::checkpoint;
 use crate::config::{Boundaries, Config, Embedding, Placement, Policy, Recompute, Schedule, Share, Size};
 use crate::data::{TokenBatch, Tokenizer};
+use crate::model::compute::Compute;
 use crate::model::gpt2::Gpt2Config;
 use crate::model::rng;
 use crate::plan::{Keeping, gpt2_reserve};
@@ -18,6 +21,9 @@ use crate::train::{Batch, Engine};
 
 const STEPS: u64 = 6;
 const CHUNK: u64 = 80 << 10;
+/// Steps between which a device is squeezed.
+const SQUEEZED_AFTER: u64 = 2;
+const SQUEEZED_UNTIL: u64 = 4;
 
 /// Losses of all steps and the final weights of all parameters.
 #[derive(PartialEq)]
@@ -31,6 +37,14 @@ struct Variant {
     config: Config,
     kill: Option<ActorName>,
     resume_after: Option<u64>,
+    /// A neighbour takes most of the device for two steps in the middle, and leaves.
+    squeezed: bool,
+}
+
+impl Variant {
+    fn new(name: String, config: Config) -> Self {
+        Variant { name, config, kill: None, resume_after: None, squeezed: false }
+    }
 }
 
 fn base(precision: Precision, clip_norm: f64, micro_batches: usize) -> Config {
@@ -82,7 +96,7 @@ fn variants(base: &Config) -> Vec<Variant> {
     let mut add = |name: String, change: &dyn Fn(&mut Config)| {
         let mut config = base.clone();
         change(&mut config);
-        variants.push(Variant { name, config, kill: None, resume_after: None });
+        variants.push(Variant::new(name, config));
     };
     for recompute in [Recompute::Full, Recompute::Selective, Recompute::Auto, Recompute::None] {
         for slots in [TIGHT, 10_000] {
@@ -153,7 +167,7 @@ fn lookups(base: &Config) -> Vec<Variant> {
             config.actors.optimizer.placement = placement;
             let tied = if config.model.tied { "tied" } else { "untied" };
             let name = format!("{tied} embedding in host memory, {placement} stepping, {slots} chunks");
-            variants.push(Variant { name, config, kill: None, resume_after: None });
+            variants.push(Variant::new(name, config));
         }
     }
     variants
@@ -167,13 +181,26 @@ fn special(base: &Config) -> Vec<Variant> {
         if kill == Some(ActorName::DeviceOptimizer) {
             config.actors.optimizer.placement = Placement::Device;
         }
-        Variant { name, config, kill, resume_after }
+        Variant { kill, resume_after, ..Variant::new(name, config) }
     };
     let killed = ActorName::ALL
         .into_iter()
         .filter(|&actor| actor != ActorName::Disk)
         .map(|actor| small(format!("{} killed", actor.name()), Some(actor), None));
     killed.chain([small("resumed".into(), None, Some(3))]).collect()
+}
+
+/// Budgets that change while training, where states live on the device.
+fn squeezed(base: &Config) -> Vec<Variant> {
+    let mut variants = Vec::new();
+    for placement in [Placement::Device, Placement::Hybrid] {
+        let mut config = base.clone();
+        config.memory.device = device(&config, 10_000);
+        config.actors.optimizer.placement = placement;
+        let name = format!("{placement} stepping, squeezed");
+        variants.push(Variant { squeezed: true, ..Variant::new(name, config) });
+    }
+    variants
 }
 
 fn data(config: &Config) -> Result<Vec<Batch>, Error> {
@@ -199,12 +226,17 @@ fn train(variant: &Variant) -> Result<Outcome, Error> {
     let (_, blocks) = build(&mut config, &Tokenizer::Bytes)?;
     let mut engine = Engine::new(config.clone(), blocks)?;
     let mut losses = Vec::new();
+    let mut squeeze = None;
     for (index, batch) in batches.iter().enumerate() {
+        match (variant.squeezed, index as u64) {
+            (true, SQUEEZED_AFTER) => squeeze = Some(Squeeze::begin(&engine)?),
+            (true, SQUEEZED_UNTIL) => squeeze.take().map_or(Ok(()), |squeeze: Squeeze| squeeze.end(&engine))?,
+            _ => {}
+        }
         if let (Some(actor), 1) = (variant.kill, index) {
             engine.runtime().plant_panic(actor);
             if actor == ActorName::Monitor {
-                let device = Some(config.memory.device);
-                engine.runtime().retune(patrickstar_actors::Retune { device, ..Default::default() })?;
+                set_device(&engine, config.memory.device)?;
             }
         }
         losses.push(engine.step(batch)?.loss);
@@ -226,16 +258,61 @@ fn train(variant: &Variant) -> Result<Outcome, Error> {
     Ok(Outcome { losses, weights })
 }
 
-/// An actor whose work nobody waits for may still be on its way back when training ends.
-fn wait_for_restart(engine: &Engine, actor: ActorName) -> u64 {
-    let deadline = Instant::now() + Duration::from_secs(10);
-    loop {
-        let restarts = engine.runtime().actors().iter().find(|s| s.actor == actor.name()).map_or(0, |s| s.restarts);
-        if restarts > 0 || Instant::now() > deadline {
-            return restarts;
+/// A device of which others have taken most.
+struct Squeeze {
+    before: Stats,
+}
+
+impl Squeeze {
+    /// Leaves the job room for what an access takes and a chunk, beside what it uses for activations.
+    fn begin(engine: &Engine) -> Result<Self, Error> {
+        let (plan, before) = (engine.plan(), engine.runtime().stats());
+        let access = plan.least_chunks().0;
+        let activations = match engine.compute() {
+            // The plan's estimate is far above what models of this size use.
+            Compute::Cpu => engine.runtime().non_model_by_moment().into_iter().max().unwrap_or(0),
+            // The pool has what the plan set aside.
+            #[cfg(feature = "cuda")]
+            Compute::Cuda(_) => plan.least_device().0 - access,
+        };
+        set_device(engine, Bytes(activations + access + plan.chunk.0))?;
+        Ok(Squeeze { before })
+    }
+
+    /// Gives everything back. A squeeze that sent no chunk away has shown nothing.
+    fn end(self, engine: &Engine) -> Result<(), Error> {
+        let [shrunk, evicted] = engine.runtime().stats().since(&self.before).pressure[Tier::Device.index()];
+        if shrunk == 0 || evicted == 0 {
+            return Err(Error::Failed(format!(
+                "a device of which little is left changed {shrunk} budgets and sent {evicted} chunks away"
+            )));
+        }
+        set_device(engine, engine.config().memory.device)
+    }
+}
+
+fn set_device(engine: &Engine, device: Bytes) -> Result<(), Error> {
+    Ok(engine.runtime().retune(Retune { device: Some(device), ..Retune::default() })?)
+}
+
+/// Whether `done` came true in time.
+fn wait_until(limit: Duration, done: impl Fn() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    while !done() {
+        if Instant::now() > deadline {
+            return false;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
+    true
+}
+
+/// An actor whose work nobody waits for may still be on its way back when training ends.
+fn wait_for_restart(engine: &Engine, actor: ActorName) -> u64 {
+    let restarts =
+        || engine.runtime().actors().iter().find(|s| s.actor == actor.name()).map_or(0, |status| status.restarts);
+    wait_until(Duration::from_secs(10), || restarts() > 0);
+    restarts()
 }
 
 /// Planted panics are expected: only others are worth a message.
@@ -272,9 +349,10 @@ pub fn run() -> Result<(Value, bool), Error> {
             let base = base(precision, clip_norm, micro_batches);
             let mut untied = base.clone();
             untied.model.tied = false;
-            let tied = [variants(&base), lookups(&base), special(&base)].into_iter().flatten().collect();
+            let tied =
+                [variants(&base), lookups(&base), special(&base), squeezed(&base)].into_iter().flatten().collect();
             for (config, variants) in [(base, tied), (untied.clone(), lookups(&untied))] {
-                let reference = train(&Variant { name: "resident".into(), config, kill: None, resume_after: None })?;
+                let reference = train(&Variant::new("resident".into(), config))?;
                 for variant in variants {
                     let name = &variant.name;
                     let what = format!("{precision:?}, clip {clip_norm}, {micro_batches} micro-batches, {name}");

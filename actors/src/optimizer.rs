@@ -97,9 +97,9 @@ impl Optimizer {
         let pieces = pieces_of(&self.shared, update.group, if math.is_some() { usize::MAX } else { PIECE });
         self.step(&states, &pieces, update, &scalars, math)?;
         let tier = self.tier;
-        self.shared
-            .timeline
-            .span(Track::Optimizer, start, None, Bytes(0), || format!("step {} on {tier}", update.group));
+        // Both sides work at once, and what is drawn on one line must not overlap.
+        let track = if tier == Tier::Device { Track::DeviceOptimizer } else { Track::Optimizer };
+        self.shared.timeline.span(track, start, None, Bytes(0), || format!("step {} on {tier}", update.group));
         if tier != Tier::Device {
             self.shared.lock().stats.stepping_on_host += self.shared.timeline.now() - start;
         }

@@ -177,9 +177,10 @@ impl Shared {
             }
             let obstacle = table.obstacle(&request, &self.layout);
             if let Some(cause) = last_cause.take().filter(|_| is_compute) {
+                self.timeline.span(Track::Stall, waited_since, None, Bytes(0), || cause_name(cause));
+                // Behind the end of what was drawn.
                 let now = self.timeline.now();
                 self.idle.waited(cause, now - waited_since);
-                self.timeline.span(Track::Stall, waited_since, None, Bytes(0), || cause_name(cause));
                 waited_since = now;
             }
             let Some(cause) = obstacle else { break table.grant(&request) };

@@ -27,8 +27,10 @@ pub enum Track {
     Disk,
     /// Gradient reduction.
     Reduction,
-    /// Optimizer steps.
+    /// Optimizer steps in host memory.
     Optimizer,
+    /// Optimizer steps on the device, beside those.
+    DeviceOptimizer,
 }
 
 /// One piece of work: `start` and `end` count from the timeline's origin.

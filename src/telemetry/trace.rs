@@ -7,14 +7,15 @@ use std::path::Path;
 use patrickstar_actors::timeline::{ResidencySnapshot, Span, Track};
 use serde_json::json;
 
-const TRACKS: [(Track, &str); 7] = [
+const TRACKS: [(Track, &str); 8] = [
     (Track::Compute, "compute"),
     (Track::Stall, "stall"),
     (Track::HostToDevice, "copy host to device"),
     (Track::DeviceToHost, "copy device to host"),
     (Track::Disk, "disk"),
     (Track::Reduction, "reduction"),
-    (Track::Optimizer, "optimizer"),
+    (Track::Optimizer, "optimizer in host memory"),
+    (Track::DeviceOptimizer, "optimizer on the device"),
 ];
 
 /// Writes one line a span, in place only when it is complete.

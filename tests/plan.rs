@@ -68,17 +68,49 @@ fn inputs_that_wait_in_host_memory_are_part_of_what_it_may_take() {
     assert!(number(&host["chunk_budget"]) + number(&host["non_model"]) <= 24e9, "{host}");
 }
 
+/// A step of the smallest shape, with fewer words than it has.
+fn step(batch: &str, sets: &[&str]) -> Value {
+    let args = ["bench", "step", "--shape", "tiny", "--batch", batch, "--steps", "1", "--json"];
+    let small = ["memory.device=200MB", "model.vocab=512", "train.seq_len=128"];
+    json(&args, &[&small, sets].concat())
+}
+
+#[test]
+fn a_measured_step_says_what_peers_are_compared_by_and_what_was_predicted() {
+    let step = step("2", &[]);
+    for key in [
+        "params_b",
+        "step_s",
+        "median_s",
+        "tflops",
+        "tok_s",
+        "gpu_peak_gb",
+        "rss_peak_gb",
+        "loss",
+        "kernels",
+        "h2d_gb",
+        "d2h_gb",
+        "link_gbps",
+        "stall_ratio",
+        "stall_by_cause",
+        "predicted_step_s",
+        "predicted_peaks",
+        "measured_peaks",
+        "placement",
+        "recompute",
+    ] {
+        assert!(step.get(key).is_some(), "{key}: {step}");
+    }
+    // Six per weight and token and causal attention, as the harness of the peers counts.
+    let [layers, width, vocabulary, time] = [4.0, 256.0, 512.0, 128.0];
+    let a_token = 6.0 * (12.0 * layers * width * width + vocabulary * width) + 6.0 * layers * time * width;
+    let ratio = number(&step["tflops"]) * 1e12 / (number(&step["tok_s"]) * a_token);
+    assert!((ratio - 1.0).abs() < 1e-9, "{ratio}");
+}
+
 #[test]
 fn inputs_of_many_micro_batches_on_their_way_back_find_their_place() {
-    let sets = [
-        "memory.device=200MB",
-        "model.vocab=512",
-        "train.micro_batches=16",
-        "train.seq_len=128",
-        "train.boundaries=host",
-        "train.recompute=full",
-    ];
-    let step = json(&["bench", "step", "--shape", "tiny", "--batch", "16", "--steps", "1", "--json"], &sets);
+    let step = step("16", &["train.micro_batches=16", "train.boundaries=host", "train.recompute=full"]);
     let (peak, predicted) = (number(&step["non_model_peak_gb"]), number(&step["non_model_predicted_gb"]));
     assert!(peak > 0.0 && peak <= predicted, "{peak} GB of {predicted} GB");
     // The inputs of one layer, of the two before it, and a gradient, of 16 micro-batches, are most of it.

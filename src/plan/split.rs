@@ -185,8 +185,8 @@ impl Plan {
 /// Gradients in host memory below which both sides would wait for each other.
 const LEAST_GRADIENTS: u32 = 4;
 
-/// Parameters that the host steps in a second beside a GPU, were nothing copied. A program for GPUs runs where it plans, so it measures, once:
-/// hosts of the same kind differ by a third.
+/// Parameters that the host steps in a second beside a GPU, were nothing copied. A program for GPUs runs where it plans, so it
+/// measures, once: hosts of the same kind differ by a third.
 fn stepped_a_second(config: &Config) -> f64 {
     static MEASURED: OnceLock<Option<f64>> = OnceLock::new();
     let measure = || {

@@ -17,7 +17,7 @@ use super::{Arena, MemoryError, SlotIndex};
 use crate::types::{Bytes, Tier};
 
 /// Nodes with memory and cores that this process may use. Empty where the system does not say.
-pub fn usable_nodes() -> Vec<u32> {
+fn usable_nodes() -> Vec<u32> {
     if cfg!(target_os = "linux") { usable_under(Path::new("/")) } else { Vec::new() }
 }
 

@@ -18,7 +18,11 @@ fn json(args: &[&str], sets: &[&str]) -> Value {
 /// A GPT on a GPU that needs not be there, with rates that somebody told.
 fn on_a_gpu(rates: [&str; 3], sets: &[&str]) -> Value {
     let [compute, link, host] = rates;
-    let args = ["plan", "--json", "--compute", compute, "--link", link, "--host", host];
+    beside(&["--compute", compute, "--link", link, "--host", host], sets)
+}
+
+fn beside(rates: &[&str], sets: &[&str]) -> Value {
+    let args = [&["plan", "--json"], rates].concat();
     let model =
         ["compute.device=cuda", "model.preset=1b", "model.precision=bf16", "train.seq_len=1024", "train.clip_norm=0"];
     json(&args, &[&model, sets].concat())
@@ -116,4 +120,23 @@ fn inputs_of_many_micro_batches_on_their_way_back_find_their_place() {
     // The inputs of one layer, of the two before it, and a gradient, of 16 micro-batches, are most of it.
     assert!(peak > 0.5 * predicted, "{peak} GB of {predicted} GB");
     assert_eq!(step["recompute"]["inputs_in_host_memory"], 4, "{step}");
+}
+
+#[test]
+fn chunks_leave_the_device_for_activations_where_the_host_hides_their_updates() {
+    // One core steps, at the rate that is assumed of any.
+    let with = |sets: &[&str]| {
+        let model = ["model.preset=10b", "train.batch=16", "memory.device=148GB", "actors.optimizer.threads=1"];
+        let plan = beside(&[], &[&model, sets].concat());
+        assert_eq!(plan["fits"], true, "{plan}");
+        (number(&plan["kept_layers"]), number(&plan["split"]["resident"]), number(&plan["predicted_step_s"]))
+    };
+    let (kept, resident, step) = with(&["memory.host=60GB"]);
+    let (none, all, again) = with(&["memory.host=60GB", "train.recompute=full"]);
+    assert!(kept > none && resident < all && step < 0.97 * again, "{kept} {resident} {step} {again}");
+    // Not where host memory has no place for their states, nor for more layers than the host keeps up with.
+    let (beside_all, everything, _) = with(&["memory.host=2GB"]);
+    assert!(everything == all && beside_all < kept, "{everything} {beside_all}");
+    let (layers, few, slow) = with(&["memory.host=120GB", "train.recompute=selective"]);
+    assert!(layers > kept && few < resident && slow > step, "{layers} {few} {slow}");
 }

@@ -7,11 +7,10 @@ use std::time::Duration;
 
 use patrickstar_actors::adam::AdamConfig;
 use patrickstar_actors::chunk::{Layout, LayoutError, SearchLimits, search_chunk_size};
-use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::runtime::RuntimeConfig;
 use patrickstar_actors::schedule::Policy;
 use patrickstar_actors::types::{Bytes, Kind, Tier};
-use patrickstar_actors::{EvictionPolicy, Split, SplitRoom};
+use patrickstar_actors::{EvictionPolicy, Split};
 use serde::Serialize;
 
 use crate::config::{self, Boundaries, Config, Embedding, OptimizerKind, Recompute, Share, Size};
@@ -22,19 +21,18 @@ use crate::train::passes::FETCHED_AHEAD;
 use crate::train::program::Program;
 
 mod bound;
+mod keeping;
 mod predict;
 mod split;
 mod text;
 mod verdict;
 
 pub use bound::{Bound, KnownRates, Limit, Rates};
+use split::{Beside, Spread};
 use verdict::too_little_beside_chunks;
 
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
 const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
-
-/// Of the host's available memory this is left to other programs and to what is not chunks, or a tenth of less.
-const LEFT_TO_OTHERS: u64 = 8 << 30;
 
 /// What one tier is predicted to hold.
 #[derive(Clone, Debug, Serialize)]
@@ -100,21 +98,13 @@ pub struct Plan {
     #[serde(skip)]
     layout: Layout,
     #[serde(skip)]
-    slots: Slots,
-    #[serde(skip)]
-    room: SplitRoom,
+    spread: Spread,
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
     /// Host memory for inputs of blocks, and for rows on their way.
     #[serde(skip)]
     activations_on_host: Bytes,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Slots {
-    host: u32,
-    disk: u32,
 }
 
 /// The GPT-2 that the configuration describes, if the program is made of its blocks and not of the user's own.
@@ -249,16 +239,7 @@ impl Plan {
             frugal: false,
             problems: Vec::new(),
             layout,
-            slots: Slots::default(),
-            room: SplitRoom {
-                slots: 0,
-                working_set: 0,
-                groups: 0,
-                persistent: 0,
-                together: false,
-                tight: false,
-                looked_up: 0,
-            },
+            spread: Spread::NOTHING,
             reserved: Bytes(0),
             buffers,
             activations_on_host: Bytes(0),
@@ -267,9 +248,14 @@ impl Plan {
             gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
         });
         plan.layers = layers as u32;
+        let beside = |keeping: Keeping| Beside {
+            device: predicted(keeping),
+            host: model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping)),
+            kept_layers: keeping.layers as u32,
+        };
         let keeping = match config.train.boundaries {
             Boundaries::Host => Keeping { away: most_away, ..kept },
-            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &predicted),
+            Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &beside),
             Boundaries::Auto | Boundaries::Device => kept,
         };
         plan.frugal = keeping.frugal;
@@ -279,7 +265,7 @@ impl Plan {
         if let Some(rest) = rest.filter(|&rest| model.is_some() && predicted(keeping) > rest) {
             plan.problems.push(too_little_beside_chunks(config, predicted(keeping), rest));
         }
-        plan.activations_on_host = model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping));
+        plan.activations_on_host = beside(keeping).host;
         if config.memory.buffers == Size::Auto && is_cuda(&config.compute) {
             // As much as a step has at once, and in the worst case beside it. Chunks that travel have a better use for it.
             let all = Bytes(reserved(keeping).0 + non_model(keeping).0);
@@ -293,30 +279,10 @@ impl Plan {
     }
 
     fn place(&mut self, config: &Config, program: &Program, non_model: Bytes) {
-        let chunk = self.chunk.0;
-        let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
-        let available = match available_host_memory() {
-            Available::Known(bytes) => bytes.0 - (bytes.0 / 10).min(LEFT_TO_OTHERS),
-            Available::Unknown => u64::MAX,
-        }
-        .saturating_sub(self.activations_on_host.0);
-        let capacity = |wanted: u32| match config.memory.host {
-            Size::Bytes(bytes) => bytes.0.saturating_sub(self.activations_on_host.0),
-            Size::Auto => available.min(u64::from(wanted) * chunk),
-        };
-        self.room = self.room(config, self.reserved);
-        self.split = self.split(config, &self.room);
-        let (mut needed, mut wanted) = self.host_slots(&self.room, config.memory.device);
-        if slots(capacity(wanted)) + slots(config.memory.disk.0) < needed {
-            self.room.tight = true;
-            self.split = self.split(config, &self.room);
-            (needed, wanted) = self.host_slots(&self.room, config.memory.device);
-        }
-        let host_capacity = capacity(wanted);
-        let host = slots(host_capacity).min(wanted);
-        let disk = slots(config.memory.disk.0).min(wanted);
-        self.slots = Slots { host, disk };
-        self.verify(config, needed);
+        let (device, host) = (self.reserved, self.activations_on_host);
+        self.spread = self.spread(config, Beside { device, host, kept_layers: self.kept_layers });
+        self.split = self.spread.split;
+        self.verify(config);
         self.predict(config, program, non_model);
     }
 
@@ -353,8 +319,8 @@ impl Plan {
         RuntimeConfig {
             device: config.memory.device,
             non_model: self.reserved,
-            host_slots: self.slots.host,
-            disk_slots: self.slots.disk,
+            host_slots: self.spread.slots.host,
+            disk_slots: self.spread.slots.disk,
             disk_path: config.memory.disk_path.clone().unwrap_or_else(|| default_disk_path(config)),
             eviction: EvictionPolicy {
                 policy: runtime_policy(config.actors.eviction.policy),
@@ -362,7 +328,7 @@ impl Plan {
             },
             sides: self.sides(),
             split: (is_cuda(&config.compute) && config.actors.optimizer.placement == config::Placement::Hybrid)
-                .then(|| (self.room, self.costs(config, self.kept_layers))),
+                .then(|| (self.spread.room, self.costs(config, self.kept_layers))),
             adam: AdamConfig {
                 beta1: train.beta1,
                 beta2: train.beta2,

@@ -14,7 +14,7 @@ use crate::train::program::Program;
 impl Plan {
     pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let (layout, sides) = (&self.layout, self.sides());
-        let (slots, persistent) = (self.room.slots, self.room.persistent);
+        let (slots, persistent) = (self.spread.room.slots, self.spread.room.persistent);
         let Split { resident, streamed } = self.split;
         let lives_there = |chunk: ChunkId| {
             let info = layout.chunk(chunk);
@@ -71,7 +71,7 @@ impl Plan {
         let before = u64::from(self.looked_up_groups);
         let drawn = persistent_kinds.map(|&kind| per_kind(kind, before + u64::from(kind.is_weight())).1.0).sum::<u64>();
         let total = kinds.iter().map(|(_, bytes)| bytes.0).sum::<u64>().max(if resident > 0 { drawn } else { 0 });
-        let host_bytes = Bytes(u64::from(self.slots.host) * self.chunk.0);
+        let host_bytes = Bytes(u64::from(self.spread.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Host,
             capacity: Bytes(host_bytes.0 + self.activations_on_host.0),
@@ -80,7 +80,7 @@ impl Plan {
             peak_by_kind: kinds,
             non_model: self.activations_on_host,
         });
-        let disk_bytes = Bytes(u64::from(self.slots.disk) * self.chunk.0);
+        let disk_bytes = Bytes(u64::from(self.spread.slots.disk) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Disk,
             capacity: config.memory.disk,

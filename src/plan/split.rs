@@ -4,12 +4,13 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use patrickstar_actors::memory::bandwidth::adam_bandwidth;
+use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::types::Bytes;
 use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 
 use super::predict::update_bytes;
-use super::{Keeping, KnownRates, Plan};
-use crate::config::{Boundaries, Config, Placement, Recompute};
+use super::{KnownRates, Plan};
+use crate::config::{Config, Placement, Size};
 use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
@@ -24,6 +25,8 @@ const TIMED: usize = 64 << 20;
 const REPEATS: usize = 20;
 /// What is left of that rate while a GPU is fed, the bytes of its copies not counted.
 const BESIDE_A_GPU: f64 = 0.95;
+/// Of the host's available memory this is left to other programs and to what is not chunks, or a tenth of less.
+const LEFT_TO_OTHERS: u64 = 8 << 30;
 /// A model of the user's own, whose FLOPs are not known.
 const UNKNOWN_COMPUTE: Duration = Duration::from_secs(1);
 
@@ -43,49 +46,43 @@ impl Plan {
         }
     }
 
-    pub(super) fn split(&self, config: &Config, room: &SplitRoom) -> Split {
+    fn split(&self, config: &Config, room: &SplitRoom, kept_layers: u32) -> Split {
         match config.actors.optimizer.placement {
             Placement::Host => Split { resident: 0, streamed: 0 },
             Placement::Device => {
                 let resident = room.resident_beside_a_stream();
                 Split { resident, streamed: room.groups - resident }
             }
-            Placement::Hybrid if is_cuda(&config.compute) => room.split(&self.costs(config, self.kept_layers)),
+            Placement::Hybrid if is_cuda(&config.compute) => room.split(&self.costs(config, kept_layers)),
             // Where the device is the host, passing through it is a detour.
             Placement::Hybrid => Split { resident: room.most_resident(), streamed: 0 },
         }
     }
 
-    /// What is kept where. Beside a model that lives on the device as a whole: the activations of as many layers as find a
-    /// place. Where chunks travel their slots come first, and where not even they have room inputs of layers go to host memory.
-    /// With a static share whatever finds a place in the rest.
-    pub(super) fn keeping(&self, config: &Config, kept: Keeping, non_model: &dyn Fn(Keeping) -> Bytes) -> Keeping {
-        let layers = self.layers as usize;
-        let room = |keeping: Keeping| self.room(config, non_model(keeping));
-        // Beside a static share chunks have no use for what activations leave.
-        let fixed = config.memory.fixed_chunks();
-        let beside = |keeping: Keeping| fixed.map(|chunks| non_model(keeping).0 + chunks.0 <= config.memory.device.0);
-        if config.train.recompute == Recompute::Auto {
-            let fits = |keeping: &Keeping| beside(*keeping).unwrap_or_else(|| room(*keeping).holds_all());
-            let all = Keeping { layers, ..Keeping::default() };
-            if fits(&all) {
-                return all;
-            }
-            // Half as many again find a place if they leave out what is cheap.
-            let some = |layers: usize| Keeping { layers, frugal: true, away: 0 };
-            if let Some(most) = (1..=layers).map(some).take_while(fits).last() {
-                return most;
-            }
+    /// How groups and slots are shared out beside so much else on the device and in host memory.
+    pub(super) fn spread(&self, config: &Config, beside: Beside) -> Spread {
+        let chunk = self.chunk.0;
+        let slots = |bytes: u64| (bytes / chunk).min(u64::from(u32::MAX)) as u32;
+        let available = match available_host_memory() {
+            Available::Known(bytes) => bytes.0 - (bytes.0 / 10).min(LEFT_TO_OTHERS),
+            Available::Unknown => u64::MAX,
         }
-        if config.train.boundaries == Boundaries::Device {
-            return kept;
+        .saturating_sub(beside.host.0);
+        let capacity = |wanted: u32| match config.memory.host {
+            Size::Bytes(bytes) => bytes.0.saturating_sub(beside.host.0),
+            Size::Auto => available.min(u64::from(wanted) * chunk),
+        };
+        let mut room = self.room(config, beside.device);
+        let mut split = self.split(config, &room, beside.kept_layers);
+        let (mut needed, mut wanted) = self.host_slots(&room, split, config.memory.device);
+        if slots(capacity(wanted)) + slots(config.memory.disk.0) < needed {
+            room.tight = true;
+            split = self.split(config, &room, beside.kept_layers);
+            (needed, wanted) = self.host_slots(&room, split, config.memory.device);
         }
-        // On a GPU a block's chunks come while another's are used.
-        let needed = if is_cuda(&config.compute) { 2 * self.working_set_chunks } else { self.working_set_chunks };
-        let keeping = |away: usize| Keeping { away, ..kept };
-        let most = layers - kept.layers;
-        let fits = |keeping: Keeping| beside(keeping).unwrap_or_else(|| room(keeping).slots >= needed);
-        keeping((0..=most).find(|&away| fits(keeping(away))).unwrap_or(most))
+        let host = slots(capacity(wanted)).min(wanted);
+        let disk = slots(config.memory.disk.0).min(wanted);
+        Spread { room, split, slots: Slots { host, disk }, needed }
     }
 
     /// What the parts of a step cost, from shapes.
@@ -113,7 +110,6 @@ impl Plan {
         if !is_cuda(&config.compute) || self.flops.is_none() {
             return None;
         }
-        let work = SplitWork { waiting: self.places_for_gradients(), ..self.room.work(self.split.resident) };
         let mut costs = self.costs(config, self.kept_layers);
         if let Some(compute) = known.compute {
             costs.compute = costs.compute.mul_f64(PRODUCTS / compute);
@@ -123,37 +119,23 @@ impl Plan {
                 (costs.to_device.mul_f64(LINK / link), costs.to_host.mul_f64(LINK / link));
         }
         if let Some(host) = known.host {
-            let parameters = self.parameters as f64 / f64::from(self.room.groups.max(1));
+            let parameters = self.parameters as f64 / f64::from(self.spread.room.groups.max(1));
             let bytes = parameters * update_bytes(self.layout.precision());
             costs.host_step = Duration::from_secs_f64(bytes / (host * stepping_share(config)));
         }
-        Some(costs.step(&work, self.split.streamed))
-    }
-
-    /// Gradients of groups that do not live on the device for which there is a place until their update: below the device
-    /// beside the states, and on it beside the residents and what passes.
-    fn places_for_gradients(&self) -> u32 {
-        let SplitRoom { groups, persistent, slots, working_set, .. } = self.room;
-        let (resident, away) = (self.split.resident, groups - self.split.resident);
-        let below = (self.slots.host + self.slots.disk).saturating_sub(persistent * away + self.spare_slots());
-        let passing = working_set + if self.split.streamed > 0 { self.room.stream() } else { 0 };
-        below + slots.saturating_sub(persistent * resident + passing)
-    }
-
-    /// A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.
-    fn spare_slots(&self) -> u32 {
-        2 + self.room.persistent
+        Some(self.spread.step(&costs))
     }
 
     /// Gradients that wait in host memory at most.
     pub(super) fn waiting_gradients(&self, config: &Config) -> u32 {
-        let away = self.room.groups - self.split.resident;
-        if self.room.together {
+        let Spread { room, split, .. } = self.spread;
+        let away = room.groups - split.resident;
+        if room.together {
             return away;
         }
         // Those that do not live on the device are the first that the backward pass completes.
         let costs = self.costs(config, self.kept_layers);
-        let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / self.room.groups.max(1);
+        let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / room.groups.max(1);
         let stepped = meanwhile.as_secs_f64() / costs.host_step.as_secs_f64().max(1e-9);
         away.saturating_sub(stepped as u32).max(self.least_gradients().min(away))
     }
@@ -165,21 +147,89 @@ impl Plan {
 
     /// The side of each group.
     pub fn sides(&self) -> Vec<Side> {
-        spread_sides(self.layout.group_count() as u32, self.looked_up_groups, self.split.resident, self.split.streamed)
+        let Split { resident, streamed } = self.spread.split;
+        spread_sides(self.layout.group_count() as u32, self.looked_up_groups, resident, streamed)
     }
 
     /// Slots in host memory: what the tier must have, and what it can use.
-    pub(super) fn host_slots(&self, room: &SplitRoom, device: Bytes) -> (u32, u32) {
-        let away = room.groups - self.split.resident;
-        let states = room.persistent * away + self.spare_slots();
+    fn host_slots(&self, room: &SplitRoom, split: Split, device: Bytes) -> (u32, u32) {
+        let away = room.groups - split.resident;
+        let states = room.persistent * away + spare_slots(room);
         // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
         // place for them the model waits.
         let gradients = if room.together { away } else { away.min(self.least_gradients()) };
         // A neighbour may take some of the device: residents then need a place, and so do their gradients.
-        let of_residents = (room.persistent + 1) * self.split.resident;
+        let of_residents = (room.persistent + 1) * split.resident;
         let homeless = (device.0 / 4 / self.chunk.0.max(1)).min(u64::from(of_residents)) as u32;
         (states + gradients, states + away + homeless)
     }
+}
+
+/// What is not chunks.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Beside {
+    /// On the device.
+    pub device: Bytes,
+    /// In host memory.
+    pub host: Bytes,
+    /// Layers that keep their activations.
+    pub kept_layers: u32,
+}
+
+/// How groups and slots are shared out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Spread {
+    pub room: SplitRoom,
+    pub split: Split,
+    pub slots: Slots,
+    /// Slots that host memory and disk must have together.
+    pub needed: u32,
+}
+
+/// Chunks below the device.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Slots {
+    pub host: u32,
+    pub disk: u32,
+}
+
+impl Spread {
+    /// Before anything is shared out.
+    pub const NOTHING: Spread = Spread {
+        room: SplitRoom {
+            slots: 0,
+            working_set: 0,
+            groups: 0,
+            persistent: 0,
+            together: false,
+            tight: false,
+            looked_up: 0,
+        },
+        split: Split { resident: 0, streamed: 0 },
+        slots: Slots { host: 0, disk: 0 },
+        needed: 0,
+    };
+
+    /// How long a step is estimated to take.
+    pub fn step(&self, costs: &SplitCosts) -> Duration {
+        let work = SplitWork { waiting: self.places_for_gradients(), ..self.room.work(self.split.resident) };
+        costs.step(&work, self.split.streamed)
+    }
+
+    /// Gradients of groups that do not live on the device for which there is a place until their update: below the device
+    /// beside the states, and on it beside the residents and what passes.
+    fn places_for_gradients(&self) -> u32 {
+        let SplitRoom { groups, persistent, slots, working_set, .. } = self.room;
+        let (resident, away) = (self.split.resident, groups - self.split.resident);
+        let below = (self.slots.host + self.slots.disk).saturating_sub(persistent * away + spare_slots(&self.room));
+        let passing = working_set + if self.split.streamed > 0 { self.room.stream() } else { 0 };
+        below + slots.saturating_sub(persistent * resident + passing)
+    }
+}
+
+/// A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.
+fn spare_slots(room: &SplitRoom) -> u32 {
+    2 + room.persistent
 }
 
 /// Gradients in host memory below which both sides would wait for each other.

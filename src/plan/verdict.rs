@@ -3,6 +3,7 @@
 use patrickstar_actors::types::Bytes;
 
 use super::Plan;
+use super::split::{Slots, Spread};
 use crate::config::{Config, Placement, Share};
 
 impl Plan {
@@ -13,7 +14,7 @@ impl Plan {
 
     /// The chunks of the largest access of a block, or of a group that is stepped on the device.
     pub fn least_chunks(&self) -> Bytes {
-        let stepped = if self.split.resident + self.split.streamed > 0 { self.room.persistent + 1 } else { 0 };
+        let stepped = if self.split.resident + self.split.streamed > 0 { self.spread.room.persistent + 1 } else { 0 };
         Bytes(u64::from(self.working_set_chunks.max(stepped)) * self.chunk.0)
     }
 
@@ -22,11 +23,12 @@ impl Plan {
         device.0.saturating_sub(self.reserved.0) as f64 / device.0.max(1) as f64
     }
 
-    pub(super) fn verify(&mut self, config: &Config, needed: u32) {
+    pub(super) fn verify(&mut self, config: &Config) {
         let chunk = self.chunk.0;
         let bytes = |slots: u32| Bytes(u64::from(slots) * chunk);
-        let (device, host, disk) = (self.room.slots, self.slots.host, self.slots.disk);
-        let stepped_on_device = self.room.persistent + 1;
+        let Spread { room, slots: Slots { host, disk }, needed, .. } = self.spread;
+        let device = room.slots;
+        let stepped_on_device = room.persistent + 1;
         let device_need = match config.actors.optimizer.placement {
             Placement::Device => self.working_set_chunks.max(stepped_on_device),
             Placement::Host | Placement::Hybrid => self.working_set_chunks,
@@ -51,7 +53,7 @@ impl Plan {
                 Bytes(non_model),
             ));
         }
-        let host_need = (self.room.persistent + 1).max(self.working_set_chunks).max(self.looked_up_chunks) + 2;
+        let host_need = (room.persistent + 1).max(self.working_set_chunks).max(self.looked_up_chunks) + 2;
         if host < host_need.min(needed) {
             self.problems.push(format!(
                 "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",

@@ -1,0 +1,88 @@
+//! Which activations are kept for the backward pass, and where inputs of blocks wait for it.
+
+use std::time::Duration;
+
+use super::split::Beside;
+use super::{Keeping, Plan};
+use crate::config::{Boundaries, Config, Recompute};
+use crate::train::device::is_cuda;
+
+/// Of settings predicted to be as fast within this part of a step, the one that keeps least: memory that is left is worth more
+/// to chunks than the prediction knows.
+const AS_FAST: f64 = 0.01;
+/// Chunks leave the device for activations where that is predicted to shorten a step by this part.
+const WORTH_IT: f64 = 0.03;
+
+impl Plan {
+    /// What is kept where. All activations, where they find a place beside a model that lives on the device as a whole; else
+    /// those of as many layers as make a step shortest, which on a GPU may mean that some chunks live in host memory for them.
+    /// Where nothing is kept inputs of layers go to host memory if chunks have no room beside them. With a static share
+    /// whatever finds a place in the rest. `beside` tells what other memory a choice needs.
+    pub(super) fn keeping(&self, config: &Config, kept: Keeping, beside: &dyn Fn(Keeping) -> Beside) -> Keeping {
+        let layers = self.layers as usize;
+        let room = |keeping: Keeping| self.room(config, beside(keeping).device);
+        // Beside a static share chunks have no use for what activations leave.
+        let in_the_rest = |keeping: Keeping| {
+            let chunks = config.memory.fixed_chunks()?;
+            Some(beside(keeping).device.0 + chunks.0 <= config.memory.device.0)
+        };
+        if config.train.recompute == Recompute::Auto {
+            let fits = |keeping: &Keeping| in_the_rest(*keeping).unwrap_or_else(|| room(*keeping).holds_all());
+            let all = Keeping { layers, ..Keeping::default() };
+            if fits(&all) {
+                return all;
+            }
+            // Half as many again find a place if they leave out what is cheap.
+            let most = (1..=layers).map(frugal).take_while(fits).last();
+            let worth_more = |most| self.worth_more_than_chunks(config, most, beside);
+            if let Some(keeping) = most.map_or_else(|| worth_more(0), |most| worth_more(most.layers).or(Some(most))) {
+                return keeping;
+            }
+        }
+        if config.train.boundaries == Boundaries::Device {
+            return kept;
+        }
+        let keeping = |away: usize| Keeping { away, ..kept };
+        let most = layers - kept.layers;
+        let fits =
+            |keeping: Keeping| in_the_rest(keeping).unwrap_or_else(|| room(keeping).slots >= self.flowing(config));
+        keeping((0..=most).find(|&away| fits(keeping(away))).unwrap_or(most))
+    }
+
+    /// Slots with which the model goes on while chunks travel: on a GPU a block's come while another's are used.
+    fn flowing(&self, config: &Config) -> u32 {
+        if is_cuda(&config.compute) { 2 * self.working_set_chunks } else { self.working_set_chunks }
+    }
+
+    /// More than `least` layers whose activations are worth more than the chunks whose place they take: what is not computed
+    /// again shortens a step as long as the host hides the updates that it gets instead, and has memory for their states. On
+    /// the host the two memories are one.
+    fn worth_more_than_chunks(
+        &self,
+        config: &Config,
+        least: usize,
+        beside: &dyn Fn(Keeping) -> Beside,
+    ) -> Option<Keeping> {
+        if !is_cuda(&config.compute) || config.memory.fixed_chunks().is_some() {
+            return None;
+        }
+        let step = |layers: usize| -> Option<Duration> {
+            let beside = beside(frugal(layers));
+            let spread = self.spread(config, beside);
+            let flows = spread.room.holds_all() || spread.room.slots >= self.flowing(config);
+            // Disk is too slow to hide behind anything.
+            let has_a_place = spread.slots.host >= spread.needed;
+            (flows && has_a_place || layers == least).then(|| spread.step(&self.costs(config, beside.kept_layers)))
+        };
+        let steps: Vec<(usize, Duration)> =
+            (least..=self.layers as usize).map_while(|layers| Some((layers, step(layers)?))).collect();
+        let shortest = steps.iter().map(|&(_, step)| step).min()?;
+        let (layers, step) = *steps.iter().find(|&&(_, step)| step <= shortest.mul_f64(1.0 + AS_FAST))?;
+        (layers > least && step < steps.first()?.1.mul_f64(1.0 - WORTH_IT)).then(|| frugal(layers))
+    }
+}
+
+/// So many layers keep what is not cheap.
+fn frugal(layers: usize) -> Keeping {
+    Keeping { layers, frugal: layers > 0, away: 0 }
+}

@@ -218,8 +218,14 @@ impl Runtime {
         ChunkReader { shared: Arc::clone(&self.shared) }
     }
 
+    /// Waits until the device copies from and to all of host memory at full speed; tells what keeps it from that.
+    pub fn registered(&self) -> Result<(), RuntimeError> {
+        Ok(self.shared.host.registered()?)
+    }
+
     /// Begins a step: the first one records the trace.
     pub fn begin_step(&mut self, start: StepStart) -> Result<(), RuntimeError> {
+        self.registered()?;
         self.drain_reduction()?;
         self.shared.check()?;
         if let Some(sides) = self.wanted_sides.get_mut().unwrap_or_else(PoisonError::into_inner).take() {

@@ -101,7 +101,7 @@ impl Engine {
     pub fn new(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         let engine = Self::uninitialised(config, blocks)?;
         states::initialise(&engine.runtime, &engine.program, engine.config.train.seed)?;
-        Ok(engine)
+        engine.registered()
     }
 
     /// As `new`, with parameters from `read(name, first_row, out)` instead of random ones.
@@ -112,14 +112,20 @@ impl Engine {
     ) -> Result<Self, Error> {
         let engine = Self::uninitialised(config, blocks)?;
         states::initialise_from(&engine.runtime, &engine.program, read)?;
-        Ok(engine)
+        engine.registered()
     }
 
     /// As `new`, with the states of a checkpoint, whichever chunk size and budgets it was written under.
     pub fn load(config: Config, blocks: Vec<Box<dyn Block>>, checkpoint: &Checkpoint) -> Result<Self, Error> {
         let mut engine = Self::uninitialised(config, blocks)?;
         engine.restore(checkpoint)?;
-        Ok(engine)
+        engine.registered()
+    }
+
+    /// Host memory is registered while states are drawn or read.
+    fn registered(self) -> Result<Self, Error> {
+        self.runtime.registered()?;
+        Ok(self)
     }
 
     /// As `new`, without any state.

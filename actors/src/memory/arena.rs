@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "maps memory and hands out addresses in it")]
 
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use rayon::prelude::*;
@@ -12,8 +13,6 @@ use crate::types::{Bytes, Tier};
 
 /// Slots start on a cache line, so vector loads never straddle one.
 const SLOT_MULTIPLE: u64 = 64;
-const HUGE_PAGE: u64 = 2 << 20;
-const PAGE: usize = 4096;
 
 /// A mapping divided in slots of one size. It hands out addresses, not borrows: who may touch a slot is decided by
 /// leases and streams.
@@ -31,6 +30,10 @@ unsafe impl Send for Arena {}
 unsafe impl Sync for Arena {}
 
 impl Arena {
+    const HUGE_PAGE: usize = 2 << 20;
+    /// Bytes of a page of this machine.
+    pub(super) const PAGE: usize = 4096;
+
     /// Maps `slots * slot_bytes`, page aligned. What does not fit the memory this process may still take is refused
     /// here, before the mapping: the kernel would grant it and kill the process once it is touched.
     pub fn new(tier: Tier, slots: u32, slot_bytes: Bytes) -> Result<Arena, MemoryError> {
@@ -55,7 +58,7 @@ impl Arena {
             NonNull::new(mapped.cast::<u8>()).ok_or_else(|| allocation(std::io::ErrorKind::OutOfMemory.into()))?;
         numa::spread(base, bytes);
         #[cfg(target_os = "linux")]
-        if slot_bytes.0 >= HUGE_PAGE {
+        if slot_bytes.0 >= Self::HUGE_PAGE as u64 {
             // SAFETY: the range is the mapping just made. Only a hint, so a kernel without huge pages may refuse it.
             let hint = unsafe { rustix::mm::madvise(mapped, bytes, rustix::mm::Advice::LinuxHugepage) };
             if let Err(errno) = hint {
@@ -65,16 +68,19 @@ impl Arena {
         Ok(Arena { base, bytes, slots, slot_bytes: slot_bytes.0 as usize })
     }
 
-    /// Zeroes every page from all threads, so that no step pays for the first touch. The arena must be fresh: taking it
-    /// by `&mut` says that nobody has asked for a slot that is still in use.
-    pub fn prefault(&mut self) {
+    /// Writes to every page of these slots from all threads, so that no step pays for the first touch.
+    ///
+    /// # Safety
+    /// Nobody may use one of them meanwhile, and what they hold is lost.
+    pub unsafe fn prefault(&self, slots: Range<u32>) {
+        let [from, to] = [slots.start, slots.end].map(|slot| slot.min(self.slots) as usize * self.slot_bytes);
         let base = self.base.as_ptr() as usize;
-        (0..self.bytes.div_ceil(HUGE_PAGE as usize)).into_par_iter().for_each(|piece| {
-            let start = piece * HUGE_PAGE as usize;
-            let end = (start + HUGE_PAGE as usize).min(self.bytes);
-            for offset in (start..end).step_by(PAGE) {
-                // SAFETY: `offset` lies in the mapping, and pieces are disjoint. Volatile, or the write of a zero over
-                // a zero could be left out.
+        (from / Self::HUGE_PAGE..to.div_ceil(Self::HUGE_PAGE)).into_par_iter().for_each(|piece| {
+            let start = (piece * Self::HUGE_PAGE).max(from);
+            let end = ((piece + 1) * Self::HUGE_PAGE).min(to);
+            for offset in (start..end).step_by(Self::PAGE) {
+                // SAFETY: `offset` lies in the mapping, pieces are disjoint, and the caller vouches for the slots. Volatile,
+                // or the write of a zero over a zero could be left out.
                 unsafe { ((base + offset) as *mut u8).write_volatile(0) };
             }
         });
@@ -97,8 +103,10 @@ impl Arena {
     /// Nobody may touch a slot from `slots` on until it has memory again.
     pub unsafe fn back(&self, slots: u32) -> Result<u32, MemoryError> {
         let slots = slots.min(self.slots);
-        let kept = (slots as usize * self.slot_bytes).next_multiple_of(PAGE).min(self.bytes.next_multiple_of(PAGE));
-        let rest = self.bytes.next_multiple_of(PAGE) - kept;
+        let kept = (slots as usize * self.slot_bytes)
+            .next_multiple_of(Self::PAGE)
+            .min(self.bytes.next_multiple_of(Self::PAGE));
+        let rest = self.bytes.next_multiple_of(Self::PAGE) - kept;
         let failed = |errno: rustix::io::Errno| MemoryError::Allocation {
             tier: Tier::Device,
             need: Bytes(kept as u64),
@@ -120,15 +128,9 @@ impl Arena {
         Ok(slots)
     }
 
-    /// Where the mapping begins.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn base(&self) -> NonNull<u8> {
-        self.base
-    }
-
     /// Bytes of the mapping.
-    #[cfg(feature = "cuda")]
-    pub(crate) fn bytes(&self) -> usize {
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
@@ -158,9 +160,10 @@ mod tests {
 
     #[test]
     fn slots_are_disjoint_aligned_zeroed_and_writable() {
-        let mut arena = Arena::new(Tier::Host, 3, Bytes(3 << 20)).unwrap();
-        arena.prefault();
-        assert_eq!(arena.slot(SlotIndex(0)).as_ptr() as usize % PAGE, 0);
+        let arena = Arena::new(Tier::Host, 3, Bytes(3 << 20)).unwrap();
+        // SAFETY: a fresh arena that nobody else has.
+        unsafe { arena.prefault(0..3) };
+        assert_eq!(arena.slot(SlotIndex(0)).as_ptr() as usize % Arena::PAGE, 0);
         for slot in 0..3 {
             let start = arena.slot(SlotIndex(slot));
             // SAFETY: a slot of an arena nobody else has.

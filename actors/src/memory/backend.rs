@@ -63,6 +63,10 @@ pub trait Slab: Send + Sync {
     /// Nobody may touch a slot above `region_end(slots)` from now until it has memory again, and nothing may be queued that
     /// does.
     unsafe fn back(&self, slots: u32) -> Result<u32, MemoryError>;
+    /// Waits until a device copies from and to every slot without staging; the first call tells what it could not register.
+    fn registered(&self) -> Result<(), MemoryError> {
+        Ok(())
+    }
 }
 
 /// Memory of a device that this process has or could have.
@@ -83,7 +87,8 @@ pub trait Backend: Send + Sync + 'static {
     fn device_slab(&self, slots: u32, slot_bytes: Bytes) -> Result<Box<dyn Slab>, MemoryError>;
     /// Whether slots and non-model memory are two allocations, neither of which can use what the other leaves.
     fn separates_non_model(&self) -> bool;
-    /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change.
+    /// Registers the host tier for direct copies, until the slab is dropped. Addresses do not change; `Slab::registered` says
+    /// how it went.
     fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
         Ok(Box::new(arena))
     }

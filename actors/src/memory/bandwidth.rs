@@ -115,8 +115,9 @@ impl Arrays {
     fn new<const N: usize>(element_bytes: [u64; N], elements: usize) -> Result<Self, MemoryError> {
         let widest = element_bytes.into_iter().max().unwrap_or(4);
         let slot = (elements as u64).saturating_mul(widest).checked_next_multiple_of(64).unwrap_or(u64::MAX);
-        let mut arena = Arena::new(Tier::Host, N as u32, Bytes(slot))?;
-        arena.prefault();
+        let arena = Arena::new(Tier::Host, N as u32, Bytes(slot))?;
+        // SAFETY: a fresh arena that nobody else has.
+        unsafe { arena.prefault(0..arena.slots()) };
         Ok(Arrays(arena))
     }
 

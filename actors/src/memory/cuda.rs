@@ -13,7 +13,8 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, result, sys};
 
 use super::backend::{Backend, DeviceEvent, DeviceMath, DeviceRoom, Event, Slab, Stream};
 use super::cuda_slab::RegionSlab;
-use super::{Arena, MemoryError, SlotIndex};
+use super::registered::{PART, RegisteredArena, Registrar};
+use super::{Arena, MemoryError};
 use crate::cuda::{Gpu, device_error};
 use crate::types::Bytes;
 
@@ -39,11 +40,8 @@ struct CudaCopyStream {
     events: Arc<Events>,
 }
 
-/// An arena that the GPU copies from and to without staging.
-struct RegisteredArena {
-    context: Arc<CudaContext>,
-    arena: Arena,
-}
+/// Pins host memory, from which and to which the GPU then copies without staging.
+struct Pinning(Arc<CudaContext>);
 
 impl CudaBackend {
     /// A backend on `gpu`, beside the model on `compute`.
@@ -152,34 +150,23 @@ impl CudaCopyStream {
     }
 }
 
-impl Slab for RegisteredArena {
-    fn slot(&self, index: SlotIndex) -> NonNull<u8> {
-        self.arena.slot(index)
+impl Registrar for Pinning {
+    unsafe fn register(&self, start: NonNull<u8>, bytes: usize) -> Result<(), MemoryError> {
+        self.0.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
+        // SAFETY: the caller vouches for the range.
+        unsafe { sys::cuMemHostRegister_v2(start.as_ptr().cast(), bytes, sys::CU_MEMHOSTREGISTER_PORTABLE) }
+            .result()
+            .map_err(|error| device_error("register host memory", error))
     }
 
-    fn slots(&self) -> u32 {
-        self.arena.slots()
-    }
-
-    fn slot_bytes(&self) -> Bytes {
-        self.arena.slot_bytes()
-    }
-
-    fn region_end(&self, _slots: u32) -> u32 {
-        self.arena.slots()
-    }
-
-    /// Registered memory stays.
-    unsafe fn back(&self, _slots: u32) -> Result<u32, MemoryError> {
-        Ok(self.arena.slots())
-    }
-}
-
-impl Drop for RegisteredArena {
-    fn drop(&mut self) {
-        let _ = self.context.bind_to_thread();
-        // SAFETY: registered by `host_slab`.
-        let _ = unsafe { sys::cuMemHostUnregister(self.arena.base().as_ptr().cast()) };
+    unsafe fn unregister(&self, start: NonNull<u8>) {
+        let bound = self.0.bind_to_thread();
+        // SAFETY: the caller vouches that it was registered.
+        let outcome = bound.and_then(|()| unsafe { sys::cuMemHostUnregister(start.as_ptr().cast()) }.result());
+        if let Err(error) = outcome {
+            // After an error of the device the driver refuses everything; the process is about to end.
+            tracing::debug!(%error, "host memory stays registered");
+        }
     }
 }
 
@@ -200,18 +187,8 @@ impl Backend for CudaBackend {
         Ok(Box::new(RegionSlab::new(context, slots, slot_bytes)?))
     }
 
-    fn host_slab(&self, mut arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
-        let context = Arc::clone(self.gpu.context());
-        context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
-        // Registering faults pages in one by one; touching them first from all cores is many times faster.
-        arena.prefault();
-        // SAFETY: the arena's own mapping, unregistered before it goes.
-        unsafe {
-            sys::cuMemHostRegister_v2(arena.base().as_ptr().cast(), arena.bytes(), sys::CU_MEMHOSTREGISTER_PORTABLE)
-        }
-        .result()
-        .map_err(|error| device_error("register host memory", error))?;
-        Ok(Box::new(RegisteredArena { context, arena }))
+    fn host_slab(&self, arena: Arena) -> Result<Box<dyn Slab>, MemoryError> {
+        Ok(Box::new(RegisteredArena::new(Pinning(Arc::clone(self.gpu.context())), arena, PART)?))
     }
 
     fn separates_non_model(&self) -> bool {

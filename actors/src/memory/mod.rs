@@ -18,6 +18,8 @@ mod disk;
 mod error;
 pub mod limits;
 pub mod numa;
+#[cfg(any(feature = "cuda", test))]
+mod registered;
 mod slots;
 
 pub use arena::Arena;

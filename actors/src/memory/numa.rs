@@ -171,10 +171,11 @@ mod tests {
         assert!(!nodes.is_empty());
         assert!(!has_policy().expect("the system tells the policy"), "run the tests without numactl");
         let bytes = 4 * HUGE_PAGE * nodes.len();
-        let mut arena = Arena::new(Tier::Host, 1, Bytes(bytes as u64)).unwrap();
+        let arena = Arena::new(Tier::Host, 1, Bytes(bytes as u64)).unwrap();
         let base = arena.slot(SlotIndex(0));
         interleave(base, bytes, &nodes).unwrap();
-        arena.prefault();
+        // SAFETY: a fresh arena that nobody else has.
+        unsafe { arena.prefault(0..1) };
         // The last mapping that begins at the address or below: neighbours with the same policy may be one with it.
         let maps = read_to_string("/proc/self/numa_maps").unwrap();
         let begin = |line: &str| usize::from_str_radix(line.split(' ').next()?, 16).ok();

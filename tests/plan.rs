@@ -94,6 +94,8 @@ fn a_measured_step_says_what_peers_are_compared_by_and_what_was_predicted() {
         "kernels",
         "h2d_gb",
         "d2h_gb",
+        "activations_out_gb",
+        "activations_back_gb",
         "link_gbps",
         "stall_ratio",
         "stall_by_cause",
@@ -120,6 +122,10 @@ fn inputs_of_many_micro_batches_on_their_way_back_find_their_place() {
     // The inputs of one layer, of the two before it, and a gradient, of 16 micro-batches, are most of it.
     assert!(peak > 0.5 * predicted, "{peak} GB of {predicted} GB");
     assert_eq!(step["recompute"]["inputs_in_host_memory"], 4, "{step}");
+    let inputs = 4.0 * 16.0 * 128.0 * 256.0 * 4.0 / 1e9;
+    for key in ["activations_out_gb", "activations_back_gb"] {
+        assert!((number(&step[key]) - inputs).abs() < 1e-9, "{key}: {step}");
+    }
 }
 
 #[test]

@@ -384,7 +384,7 @@ impl Lease {
         result?;
         let Some(end) = until? else { return Ok(()) };
         if let (Some(name), Some(began)) = (self.drawn_as.take(), self.began.take()) {
-            self.shared.timeline.queued_span(Track::Compute, name, began, Event::clone(&end))?;
+            self.shared.timeline.queued_span(Track::Compute, name, Bytes(0), began, Event::clone(&end))?;
         }
         self.shared.pace(&end)
     }

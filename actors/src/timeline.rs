@@ -23,6 +23,10 @@ pub enum Track {
     HostToDevice,
     /// Copies from device to host.
     DeviceToHost,
+    /// Inputs of blocks on their way to host memory.
+    ActivationsOut,
+    /// Inputs of blocks on their way back.
+    ActivationsBack,
     /// Reads and writes of the disk tier.
     Disk,
     /// Gradient reduction.
@@ -71,6 +75,7 @@ pub struct ResidencySnapshot {
 struct QueuedSpan {
     track: Track,
     name: String,
+    bytes: Bytes,
     begin: Event,
     end: Event,
 }
@@ -151,14 +156,21 @@ impl Timeline {
 
     /// Records a span that lasts on the device from `begin` to `end`. The first one waits for its end, so that the device's
     /// time is known in the timeline's.
-    pub fn queued_span(&self, track: Track, name: String, begin: Event, end: Event) -> Result<(), MemoryError> {
+    pub fn queued_span(
+        &self,
+        track: Track,
+        name: String,
+        bytes: Bytes,
+        begin: Event,
+        end: Event,
+    ) -> Result<(), MemoryError> {
         let mut queued = lock(&self.queued);
         if queued.anchor.is_none() {
             end.synchronize()?;
             queued.anchor = Some((self.now(), Event::clone(&end)));
         }
         if queued.spans.len() < MAX_SPANS {
-            queued.spans.push(QueuedSpan { track, name, begin, end });
+            queued.spans.push(QueuedSpan { track, name, bytes, begin, end });
         }
         Ok(())
     }
@@ -167,19 +179,11 @@ impl Timeline {
     fn resolve(&self, queued: Queued) -> Result<Vec<Span>, MemoryError> {
         let Some((at, anchor)) = queued.anchor else { return Ok(Vec::new()) };
         let mut spans = Vec::with_capacity(queued.spans.len());
-        for QueuedSpan { track, name, begin, end } in queued.spans {
+        for QueuedSpan { track, name, bytes, begin, end } in queued.spans {
             end.synchronize()?;
             let (Some(since), Some(time)) = (end.elapsed_since(&anchor)?, end.elapsed_since(&begin)?) else { continue };
             let end = at + since;
-            spans.push(Span {
-                track,
-                name,
-                chunk: None,
-                kind: None,
-                bytes: Bytes(0),
-                start: end.saturating_sub(time),
-                end,
-            });
+            spans.push(Span { track, name, chunk: None, kind: None, bytes, start: end.saturating_sub(time), end });
         }
         Ok(spans)
     }
@@ -239,15 +243,15 @@ mod tests {
         timeline.set_enabled(true);
         let before = timeline.now();
         // Both are queued at once; the device does the second one long after the first.
-        timeline.queued_span(Track::Compute, "first".into(), at(0), at(10)).unwrap();
-        timeline.queued_span(Track::Compute, "second".into(), at(50), at(80)).unwrap();
+        timeline.queued_span(Track::Compute, "first".into(), Bytes(0), at(0), at(10)).unwrap();
+        timeline.queued_span(Track::Compute, "second".into(), Bytes(7), at(50), at(80)).unwrap();
         let after = timeline.now();
         let (spans, _) = timeline.take().unwrap();
         let [first, second] = &spans[..] else { panic!("{spans:?}") };
         assert_eq!((first.name.as_str(), second.name.as_str()), ("first", "second"));
         assert!((before..=after).contains(&first.end), "{first:?}");
         assert_eq!(second.start - first.end, Duration::from_millis(40));
-        assert_eq!(second.end - second.start, Duration::from_millis(30));
+        assert_eq!((second.end - second.start, second.bytes), (Duration::from_millis(30), Bytes(7)));
         assert!(timeline.take().unwrap().0.is_empty());
     }
 }

@@ -7,11 +7,13 @@ use std::path::Path;
 use patrickstar_actors::timeline::{ResidencySnapshot, Span, Track};
 use serde_json::json;
 
-const TRACKS: [(Track, &str); 8] = [
+const TRACKS: [(Track, &str); 10] = [
     (Track::Compute, "compute"),
     (Track::Stall, "stall"),
     (Track::HostToDevice, "copy host to device"),
     (Track::DeviceToHost, "copy device to host"),
+    (Track::ActivationsOut, "activations to host memory"),
+    (Track::ActivationsBack, "activations back"),
     (Track::Disk, "disk"),
     (Track::Reduction, "reduction"),
     (Track::Optimizer, "optimizer in host memory"),

@@ -17,7 +17,7 @@ use super::loss_scale::LossScale;
 use super::lr::learning_rate;
 use super::phases::{Mark, Phases};
 use super::program::Program;
-use super::stash::Stash;
+use super::stash::{Moved, Stash};
 use super::states;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
@@ -140,15 +140,10 @@ impl Engine {
         device.compute.keep_buffers(plan.buffers)?;
         let layout = plan.layout().clone();
         let uses = program.gradient_uses(&layout);
-        let stash = Stash::new(device.compute.clone(), Arc::clone(&device.backend))?;
-        let runtime = Runtime::start(
-            layout,
-            plan.runtime_config(&config),
-            uses,
-            device.backend,
-            device.probe,
-            Arc::new(Timeline::default()),
-        )?;
+        let timeline = Arc::new(Timeline::default());
+        let stash = Stash::new(device.compute.clone(), Arc::clone(&device.backend), Arc::clone(&timeline))?;
+        let runtime =
+            Runtime::start(layout, plan.runtime_config(&config), uses, device.backend, device.probe, timeline)?;
         let precision = runtime.layout().precision();
         let params = program
             .uses
@@ -355,6 +350,11 @@ impl Engine {
     /// Host memory of inputs of blocks that wait there for the backward pass.
     pub fn stash_bytes(&self) -> Bytes {
         self.stash.bytes()
+    }
+
+    /// Inputs of blocks that went there and came back so far.
+    pub(crate) fn stash_moved(&self) -> Moved {
+        self.stash.moved()
     }
 
     /// What was predicted before anything was allocated.

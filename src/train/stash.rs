@@ -8,10 +8,12 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
 use candle_core::{DType, Shape, Tensor};
 use patrickstar_actors::error::RuntimeError;
 use patrickstar_actors::memory::{Arena, Backend, Event, MemoryError, Slab, SlotIndex, Stream};
+use patrickstar_actors::timeline::{Timeline, Track};
 use patrickstar_actors::types::{Bytes, Tier};
 
 use crate::error::Error;
@@ -53,14 +55,56 @@ pub(super) struct Stash {
     places: Vec<Place>,
     free: Vec<usize>,
     leaving: VecDeque<(Tensor, Event)>,
+    timeline: Arc<Timeline>,
+    moved: Moved,
+}
+
+/// Bytes that crossed between device and host memory so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Moved {
+    /// To host memory.
+    pub out: Bytes,
+    /// Back.
+    pub back: Bytes,
 }
 
 fn of_memory(error: MemoryError) -> Error {
     RuntimeError::from(error).into()
 }
 
+/// What a copy is called in a trace.
+const NAME: &str = "input";
+
+/// The beginning of a copy that is drawn: now, and in a device's time.
+fn begin(
+    timeline: &Timeline,
+    compute: &Compute,
+    stream: &mut Box<dyn Stream>,
+) -> Result<(Duration, Option<Event>), Error> {
+    let on_device = timeline.is_enabled() && !matches!(compute, Compute::Cpu);
+    Ok((timeline.now(), on_device.then(|| stream.record()).transpose().map_err(of_memory)?))
+}
+
+/// Draws a copy; one by the host is done already.
+fn draw(
+    timeline: &Timeline,
+    track: Track,
+    bytes: Bytes,
+    start: Duration,
+    began: Option<Event>,
+    done: &Event,
+) -> Result<(), Error> {
+    match began {
+        Some(began) => {
+            timeline.queued_span(track, NAME.to_owned(), bytes, began, Event::clone(done)).map_err(of_memory)?;
+        }
+        None => timeline.span(track, start, None, bytes, || NAME.to_owned()),
+    }
+    Ok(())
+}
+
 impl Stash {
-    pub fn new(compute: Compute, backend: Arc<dyn Backend>) -> Result<Self, Error> {
+    pub fn new(compute: Compute, backend: Arc<dyn Backend>, timeline: Arc<Timeline>) -> Result<Self, Error> {
         let stream = |name| backend.new_stream(name).map_err(of_memory);
         Ok(Stash {
             out: stream("activations out")?,
@@ -71,6 +115,8 @@ impl Stash {
             places: Vec::new(),
             free: Vec::new(),
             leaving: VecDeque::new(),
+            timeline,
+            moved: Moved::default(),
         })
     }
 
@@ -83,12 +129,16 @@ impl Stash {
         for event in [place.free_after.take(), self.backend.compute_event().map_err(of_memory)?].iter().flatten() {
             self.out.wait(event).map_err(of_memory)?;
         }
+        let (start, began) = begin(&self.timeline, &self.compute, &mut self.out)?;
         // SAFETY: the place has room for the bytes and nobody else has it; the tensor is kept until the model is behind the
         // copy.
         unsafe { self.out.copy(self.compute.address(&input)?, place.memory.slot(SlotIndex(0)).as_ptr(), bytes) }
             .map_err(of_memory)?;
         let done = self.out.record().map_err(of_memory)?;
         place.free_after = Some(Event::clone(&done));
+        let bytes = Bytes(bytes as u64);
+        self.moved.out.0 += bytes.0;
+        draw(&self.timeline, Track::ActivationsOut, bytes, start, began, &done)?;
         let stashed = Stashed { place: index, shape: input.shape().clone(), dtype: input.dtype() };
         self.leaving.push_back((input, done));
         while self.leaving.len() > LEAVING {
@@ -111,21 +161,22 @@ impl Stash {
         while !self.leaving.is_empty() {
             self.let_go()?;
         }
+        let bytes = stashed.shape.elem_count() * stashed.dtype.size_in_bytes();
         let coming = match &self.compute {
             Compute::Cpu => {
-                let bytes = stashed.shape.elem_count() * stashed.dtype.size_in_bytes();
+                let start = self.timeline.now();
                 let address = self.places[stashed.place].memory.slot(SlotIndex(0)).as_ptr();
                 // SAFETY: `put` wrote as many bytes there, and the streams of the host are done when they return.
                 let values = unsafe { std::slice::from_raw_parts(address, bytes) };
                 let device = self.compute.device();
                 let tensor = Tensor::from_raw_buffer(values, stashed.dtype, stashed.shape.dims(), &device)?;
+                self.timeline.span(Track::ActivationsBack, start, None, Bytes(bytes as u64), || NAME.to_owned());
                 Coming { tensor, arrived: None }
             }
             #[cfg(feature = "cuda")]
             Compute::Cuda(ops) => {
                 let tensor = ops.uninitialised(stashed.shape.clone(), stashed.dtype)?;
                 let target = ops.address(&tensor)? as *mut u8;
-                let bytes = stashed.shape.elem_count() * stashed.dtype.size_in_bytes();
                 let place = &mut self.places[stashed.place];
                 // Its memory is the model's to give: behind what is queued so far.
                 for event in
@@ -133,14 +184,17 @@ impl Stash {
                 {
                     self.back.wait(event).map_err(of_memory)?;
                 }
+                let (start, began) = begin(&self.timeline, &self.compute, &mut self.back)?;
                 // SAFETY: both have room for the bytes; the block that reads them waits for the event below.
                 unsafe { self.back.copy(place.memory.slot(SlotIndex(0)).as_ptr(), target, bytes) }
                     .map_err(of_memory)?;
                 let arrived = self.back.record().map_err(of_memory)?;
                 place.free_after = Some(Event::clone(&arrived));
+                draw(&self.timeline, Track::ActivationsBack, Bytes(bytes as u64), start, began, &arrived)?;
                 Coming { tensor, arrived: Some(arrived) }
             }
         };
+        self.moved.back.0 += bytes as u64;
         self.free.push(stashed.place);
         Ok(coming)
     }
@@ -159,6 +213,11 @@ impl Stash {
         let arena = Arena::new(Tier::Host, 1, Bytes(bytes.next_multiple_of(PLACE_MULTIPLE))).map_err(of_memory)?;
         self.places.push(Place { memory: self.backend.host_slab(arena).map_err(of_memory)?, free_after: None });
         Ok(self.places.len() - 1)
+    }
+
+    /// What crossed so far.
+    pub fn moved(&self) -> Moved {
+        self.moved
     }
 
     /// Host memory in use.
@@ -187,7 +246,9 @@ mod tests {
 
     #[test]
     fn inputs_come_back_as_they_left_and_places_are_used_again() {
-        let mut stash = Stash::new(Compute::Cpu, Arc::new(CpuBackend)).unwrap();
+        let timeline = Arc::new(Timeline::default());
+        timeline.set_enabled(true);
+        let mut stash = Stash::new(Compute::Cpu, Arc::new(CpuBackend), Arc::clone(&timeline)).unwrap();
         let input = |step: usize, index: usize| {
             let values: Vec<f32> = (0..60).map(|i| (step * 1000 + index * 100 + i) as f32).collect();
             Tensor::from_vec(values, (3, 4, 5), &Device::Cpu).unwrap()
@@ -201,6 +262,13 @@ mod tests {
                 assert_eq!((back.dims(), values(&back)), (sent.dims(), values(&sent)));
             }
             assert_eq!(stash.bytes(), Bytes(4 * 256), "step {step} made places anew");
+        }
+        let each = Bytes(3 * 4 * 240);
+        assert_eq!(stash.moved(), Moved { out: each, back: each });
+        let (spans, _) = timeline.take().unwrap();
+        for track in [Track::ActivationsOut, Track::ActivationsBack] {
+            let drawn: Vec<Bytes> = spans.iter().filter(|span| span.track == track).map(|span| span.bytes).collect();
+            assert_eq!(drawn, [Bytes(240); 12], "{track:?}");
         }
     }
 }

@@ -63,7 +63,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
     let batch = to_batch(&data, train.micro_batches)?;
     let mut loss = vec![engine.step(&batch)?.loss];
     let first_step = started.elapsed();
-    let before = engine.runtime().stats();
+    let (before, stashed_before) = (engine.runtime().stats(), engine.stash_moved());
     let (mut seconds, mut host) = (Vec::new(), 0.0);
     for _ in 0..steps {
         let began = Instant::now();
@@ -73,7 +73,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         host += report.host.as_secs_f64();
     }
     engine.drain()?;
-    let stats = engine.runtime().stats().since(&before);
+    let (stats, stashed) = (engine.runtime().stats().since(&before), engine.stash_moved());
     let kernels = kernel_times(&mut engine, &batch)?;
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
@@ -84,7 +84,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         .map(|cause| (cause.name().to_owned(), stats.stalls[cause as usize].as_secs_f64().into()))
         .collect();
     let predicted = engine.plan().predicted_step(engine.config(), &KnownRates::default());
-    let gigabytes = |direction: Direction| stats.bytes[direction as usize] as f64 / 1e9 / steps as f64;
+    let a_step = |bytes: u64| bytes as f64 / 1e9 / steps as f64;
+    let gigabytes = |direction: Direction| a_step(stats.bytes[direction as usize]);
     Ok(json!({
         "shape": shape,
         "batch": train.batch,
@@ -104,6 +105,8 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
         "stall_by_cause": stalls,
         "h2d_gb": gigabytes(Direction::HostToDevice),
         "d2h_gb": gigabytes(Direction::DeviceToHost),
+        "activations_out_gb": a_step(stashed.out.0 - stashed_before.out.0),
+        "activations_back_gb": a_step(stashed.back.0 - stashed_before.back.0),
         "link_gbps": {
             "h2d": rate(stats.bytes[Direction::HostToDevice as usize], stats.busy[Direction::HostToDevice as usize]),
             "d2h": rate(stats.bytes[Direction::DeviceToHost as usize], stats.busy[Direction::DeviceToHost as usize]),

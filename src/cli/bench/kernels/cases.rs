@@ -37,6 +37,8 @@ const PARAMETERS: usize = 100_000_000;
 const SCANNED: usize = 32;
 /// More than any operation returns.
 const BUFFERS: Bytes = Bytes(8 << 30);
+/// Heads of attention.
+const HEADS: usize = 16;
 /// Bytes of a bf16 number.
 const B: f64 = 2.0;
 
@@ -75,8 +77,11 @@ pub fn measure() -> Result<Vec<Value>, Error> {
     report.wide()?;
     report.llama()?;
     report.head()?;
-    // Heads of the 1b, 4b, 6b and 10b shapes.
+    // Heads of the 1b, 4b, 6b and 10b shapes, and narrow ones.
     for (batch, time, head) in [
+        (16, 1024, 64),
+        (16, 1024, 80),
+        (16, 1024, 96),
         (16, 1024, 128),
         (4, 4096, 128),
         (16, 1024, 144),
@@ -85,7 +90,28 @@ pub fn measure() -> Result<Vec<Value>, Error> {
         (4, 4096, 192),
         (16, 1024, 256),
     ] {
-        report.attention(batch, time, head)?;
+        report.attention(
+            ("attention_forward", "attention_backward"),
+            (batch, time, head),
+            &Attention::causal(HEADS),
+        )?;
+    }
+    let masks = [
+        (
+            ("attention_full_forward", "attention_full_backward"),
+            Attention { causal: false, ..Attention::causal(HEADS) },
+        ),
+        (
+            ("attention_grouped_forward", "attention_grouped_backward"),
+            Attention { kv_heads: 4, ..Attention::causal(HEADS) },
+        ),
+        (
+            ("attention_window_forward", "attention_window_backward"),
+            Attention { window: Some(1024), ..Attention::causal(HEADS) },
+        ),
+    ];
+    for (names, attention) in masks {
+        report.attention(names, (4, 4096, 128), &attention)?;
     }
     for (name, inner, outer) in
         [("qkv", HIDDEN, 3 * HIDDEN), ("proj", HIDDEN, HIDDEN), ("fc", HIDDEN, WIDE), ("fc2", WIDE, HIDDEN)]
@@ -329,19 +355,23 @@ impl Report {
         })
     }
 
-    fn attention(&mut self, batch: usize, time: usize, head: usize) -> Result<(), Error> {
-        const HEADS: usize = 16;
-        let (qkv, dy) = (self.random(&[batch, time, 3 * HEADS * head])?, self.random(&[batch, time, HEADS * head])?);
+    fn attention(
+        &mut self,
+        (forward, backward): (&str, &str),
+        (batch, time, head): (usize, usize, usize),
+        attention: &Attention,
+    ) -> Result<(), Error> {
+        let heads = HEADS + 2 * attention.kv_heads;
+        let (qkv, dy) = (self.random(&[batch, time, heads * head])?, self.random(&[batch, time, HEADS * head])?);
         let shape = || format!("{batch} x {HEADS} x {time} x {head}");
-        // A product of queries and keys or of probabilities and values, of which the mask leaves half.
-        let product = (2 * batch * HEADS * time * time * head) as f64 / 2.0;
-        let causal = Attention::causal(HEADS);
-        self.time("attention_forward", shape(), Need::Operations(2.0 * product), |ops| {
-            ops.attend(&qkv, &causal).map(drop)
-        })?;
-        let (out, lse) = self.clock.ops.attend(&qkv, &causal)?;
-        self.time("attention_backward", shape(), Need::Operations(5.0 * product), |ops| {
-            ops.attend_backward(&dy, &qkv, &out, lse.as_ref(), &causal).map(drop)
+        // A product of queries and keys or of probabilities and values, of what the mask leaves.
+        let (keys, window) = (time as f64, attention.window.unwrap_or(time) as f64);
+        let pairs = if attention.causal { keys * window - window * window / 2.0 } else { keys * keys };
+        let product = 2.0 * (batch * HEADS * head) as f64 * pairs;
+        self.time(forward, shape(), Need::Operations(2.0 * product), |ops| ops.attend(&qkv, attention).map(drop))?;
+        let (out, lse) = self.clock.ops.attend(&qkv, attention)?;
+        self.time(backward, shape(), Need::Operations(5.0 * product), |ops| {
+            ops.attend_backward(&dy, &qkv, &out, lse.as_ref(), attention).map(drop)
         })
     }
 
@@ -370,23 +400,21 @@ impl Report {
         let floats = || Tensor::randn(0f32, 1f32, PARAMETERS, device);
         let (weight, momentum, gradient) = (floats()?, floats()?, floats()?);
         let (variance, low) = (momentum.sqr()?, Tensor::zeros(PARAMETERS, DType::BF16, device)?);
-        let narrow = |tensor: &Tensor| tensor.to_dtype(DType::BF16);
         let scalars = StepScalars::new(&AdamConfig::default(), 1e-4, Step(10), 1.0);
         let columns = HIDDEN;
         let rows = PARAMETERS / columns;
-        // Weight, momentum and variance are read and written, the gradient is read.
-        for (precision, step_bytes, names) in [
-            (Precision::Fp32, 28.0, ["adam_fp32", "row_sums_fp32"]),
-            (Precision::Bf16, 26.0, ["adam_bf16", "row_sums_bf16"]),
+        // Weight, momentum and variance are read and written, the gradient is read; beside an fp32 weight one of fp16 is written.
+        for (precision, kept, step_bytes, names) in [
+            (Precision::Fp32, DType::F32, 28.0, ["adam_fp32", "row_sums_fp32"]),
+            (Precision::Bf16, DType::BF16, 26.0, ["adam_bf16", "row_sums_bf16"]),
+            (Precision::Fp16, DType::F16, 28.0, ["adam_fp16", "row_sums_fp16"]),
         ] {
-            let half = precision == Precision::Bf16;
-            let (weight, gradient) =
-                if half { (narrow(&weight)?, narrow(&gradient)?) } else { (weight.clone(), gradient.clone()) };
+            let (narrow, gradient) = (weight.to_dtype(kept)?, gradient.to_dtype(kept)?);
             let at = |tensor: &Tensor| self.clock.ops.address(tensor).map(|address| address as *mut u8);
             let states = StateAddresses {
-                weight: at(&weight)?,
-                low: if half { at(&low)? } else { std::ptr::null_mut() },
-                master: std::ptr::null_mut(),
+                weight: at(&narrow)?,
+                low: if precision == Precision::Bf16 { at(&low)? } else { std::ptr::null_mut() },
+                master: if precision == Precision::Fp16 { at(&weight)? } else { std::ptr::null_mut() },
                 momentum: at(&momentum)?,
                 variance: at(&variance)?,
                 gradient: at(&gradient)?,
@@ -404,7 +432,7 @@ impl Report {
                 // SAFETY: as above.
                 unsafe { math.row_sums(precision, &[gradient]) }.map(drop).map_err(of_chunks)
             })?;
-            let bytes = (rows * columns) as f64 * if half { 2.0 } else { 4.0 };
+            let bytes = (rows * columns * kept.size_in_bytes()) as f64;
             self.add(names[1], format!("{rows} x {columns}"), seconds, Need::Bytes(bytes))?;
         }
         Ok(())

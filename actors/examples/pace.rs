@@ -138,8 +138,16 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
         .collect();
     let layout = Layout::new(&specs, Precision::Bf16, Bytes(CHUNK))?;
-    let room =
-        SplitRoom { slots, working_set: 2, groups, persistent: 6, together: clip > 0, tight: false, looked_up: 0 };
+    let room = SplitRoom {
+        slots,
+        working_set: 2,
+        groups,
+        persistent: 6,
+        together: clip > 0,
+        tight: false,
+        looked_up: 0,
+        below: groups * 7 + 4,
+    };
     let costs = SplitCosts {
         compute: forward * groups * 4,
         forward_share: 0.25,

@@ -100,7 +100,7 @@ impl Splitter {
     }
 
     fn step(&self, split: Split) -> Duration {
-        self.costs.step(&self.room.work(split.resident), split.streamed)
+        self.room.step(&self.costs, split)
     }
 
     fn measure(&mut self, stats: &Stats, elapsed: Duration) {
@@ -124,7 +124,7 @@ impl Splitter {
                 (stats.moves[Direction::HostToDevice as usize] + stats.moves[Direction::DeviceToHost as usize]) as f64;
             let meanwhile = (stats.stepping_on_host.as_secs_f64() / elapsed.as_secs_f64().max(1e-9)).min(1.0);
             let groups = stats.stepped_on_host as f64 / self.parameters;
-            let updates = self.costs.updates(groups, &self.room.work(self.split.resident), copies * meanwhile);
+            let updates = self.costs.updates(groups, &self.room.work(self.split), copies * meanwhile);
             self.costs.host_step = average(self.costs.host_step, stats.stepping_on_host.div_f64(updates));
         }
     }

@@ -193,6 +193,13 @@ const UNITS: [(&str, u64); 8] = [
     ("TB", 1_000_000_000_000),
 ];
 
+impl Bytes {
+    /// What a setting must say to be no less: in words that parse, which those of `Display` do not where they are rounded.
+    pub fn as_setting(self) -> String {
+        format!("{}MiB", self.0.div_ceil(1 << 20))
+    }
+}
+
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unit = UNITS[..4].iter().rev().find(|(_, size)| self.0 >= *size);

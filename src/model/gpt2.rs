@@ -85,6 +85,12 @@ pub fn model_flops(model: &Gpt2Config, tokens: u64, seq_len: u64) -> f64 {
     6.0 * weights * tokens as f64 + 6.0 * layers * tokens as f64 * seq_len as f64 * d
 }
 
+/// Of a layer whose forward pass is done again: all but its last product, which its backward pass does not need.
+pub fn recompute_flops(model: &Gpt2Config, tokens: u64, seq_len: u64) -> f64 {
+    let d = model.hidden as f64;
+    2.0 * tokens as f64 * (8.0 * d * d + seq_len as f64 * d)
+}
+
 /// What decides the memory of activations.
 #[derive(Clone, Copy, Debug)]
 pub struct StepShape {

@@ -101,9 +101,7 @@ pub struct Bound {
 impl Plan {
     /// The bound of a step on a machine with these rates.
     pub fn bound(&self, rates: &Rates) -> Bound {
-        // What is not kept is computed again: a third of what forward and backward need.
-        let again = 1.0 - f64::from(self.kept_layers) / f64::from(self.layers.max(1));
-        let compute_s = self.flops.unwrap_or(0.0) * (1.0 + again / 3.0) / rates.compute;
+        let compute_s = self.flops.unwrap_or(0.0) * (1.0 + self.computed_again(self.kept_layers)) / rates.compute;
         let link_s = self.host_to_device.0.max(self.device_to_host.0) as f64 / rates.link;
         let host_s = self.optimizer_bytes.0 as f64 / rates.host;
         let parts = [(compute_s, Limit::Compute), (link_s, Limit::Link), (host_s, Limit::Host)];

@@ -34,6 +34,9 @@ use verdict::too_little_beside_chunks;
 /// Smallest and largest chunk the search tries: below, per-move costs dominate; above, the granularity of placement is lost.
 const CHUNK_SEARCH: (u64, u64) = (256 << 10, 256 << 20);
 
+/// A forward pass of what forward and backward take, for models of the user's own.
+const UNKNOWN_RECOMPUTE: f64 = 1.0 / 3.0;
+
 /// What one tier is predicted to hold.
 #[derive(Clone, Debug, Serialize)]
 pub struct TierPlan {
@@ -99,6 +102,9 @@ pub struct Plan {
     layout: Layout,
     #[serde(skip)]
     spread: Spread,
+    /// Operations of computing all layers again, as a part of `flops`.
+    #[serde(skip)]
+    recompute_share: f64,
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
@@ -240,13 +246,17 @@ impl Plan {
             problems: Vec::new(),
             layout,
             spread: Spread::NOTHING,
+            recompute_share: UNKNOWN_RECOMPUTE,
             reserved: Bytes(0),
             buffers,
             activations_on_host: Bytes(0),
         };
-        plan.flops = model.as_ref().map(|model| {
-            gpt2::model_flops(model, (config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64)
-        });
+        if let Some(model) = &model {
+            let (tokens, time) = ((config.train.batch * config.train.seq_len) as u64, config.train.seq_len as u64);
+            let flops = gpt2::model_flops(model, tokens, time);
+            plan.recompute_share = layers as f64 * gpt2::recompute_flops(model, tokens, time) / flops;
+            plan.flops = Some(flops);
+        }
         plan.layers = layers as u32;
         let beside = |keeping: Keeping| Beside {
             device: predicted(keeping),

@@ -6,7 +6,7 @@ use std::time::Duration;
 use patrickstar_actors::memory::bandwidth::adam_bandwidth;
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
+use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
 
 use super::predict::update_bytes;
 use super::{KnownRates, Plan};
@@ -15,7 +15,7 @@ use crate::train::device::is_cuda;
 
 /// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
 /// used, and parameters that one core steps in a second beside the GPU. Measured on an H200 with 16 cores.
-pub(super) const PRODUCTS: f64 = 6.2e14;
+pub(super) const PRODUCTS: f64 = 6.0e14;
 pub(super) const LINK: f64 = 43e9;
 const STEPPED_BY_CORE: f64 = 3.8e8;
 /// Parameters whose update is timed where the host's memory is at hand, and how often; the best counts. Measured on 16 cores
@@ -43,6 +43,7 @@ impl Plan {
             together: config.train.clip_norm > 0.0 || precision.scales_loss(),
             tight: false,
             looked_up: self.looked_up_groups,
+            below: 0,
         }
     }
 
@@ -73,23 +74,31 @@ impl Plan {
             Size::Auto => available.min(u64::from(wanted) * chunk),
         };
         let mut room = self.room(config, beside.device);
+        let on_disk = slots(config.memory.disk.0);
+        room.below = slots(capacity(u32::MAX)).saturating_add(on_disk);
         let mut split = self.split(config, &room, beside.kept_layers);
         let (mut needed, mut wanted) = self.host_slots(&room, split, config.memory.device);
-        if slots(capacity(wanted)) + slots(config.memory.disk.0) < needed {
+        if slots(capacity(wanted)).saturating_add(on_disk) < needed {
             room.tight = true;
             split = self.split(config, &room, beside.kept_layers);
             (needed, wanted) = self.host_slots(&room, split, config.memory.device);
         }
         let host = slots(capacity(wanted)).min(wanted);
-        let disk = slots(config.memory.disk.0).min(wanted);
+        let disk = on_disk.min(wanted);
+        room.below = host + disk;
         Spread { room, split, slots: Slots { host, disk }, needed }
+    }
+
+    /// What a step computes again of what is not kept, as a part of its operations.
+    pub(super) fn computed_again(&self, kept_layers: u32) -> f64 {
+        self.recompute_share * (1.0 - f64::from(kept_layers) / f64::from(self.layers.max(1)))
     }
 
     /// What the parts of a step cost, from shapes.
     pub(super) fn costs(&self, config: &Config, kept_layers: u32) -> SplitCosts {
-        // Forward and twice as much backward, and a forward pass again for what is not kept.
-        let again = 1.0 - f64::from(kept_layers) / f64::from(self.layers.max(1));
-        let (passes, forward_share) = (1.0 + again / 3.0, 1.0 / (3.0 + again));
+        // Forward and twice as much backward, and what is computed again.
+        let passes = 1.0 + self.computed_again(kept_layers);
+        let forward_share = 1.0 / (3.0 * passes);
         let compute = self.flops.map_or(UNKNOWN_COMPUTE, |flops| Duration::from_secs_f64(passes * flops / PRODUCTS));
         let parameters = self.parameters as f64 / self.layout.group_count().max(1) as f64;
         let copy = Duration::from_secs_f64(self.chunk.0 as f64 / LINK);
@@ -154,7 +163,7 @@ impl Plan {
     /// Slots in host memory: what the tier must have, and what it can use.
     fn host_slots(&self, room: &SplitRoom, split: Split, device: Bytes) -> (u32, u32) {
         let away = room.groups - split.resident;
-        let states = room.persistent * away + spare_slots(room);
+        let states = room.persistent * away + room.spare();
         // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
         // place for them the model waits.
         let gradients = if room.together { away } else { away.min(self.least_gradients()) };
@@ -204,6 +213,7 @@ impl Spread {
             together: false,
             tight: false,
             looked_up: 0,
+            below: 0,
         },
         split: Split { resident: 0, streamed: 0 },
         slots: Slots { host: 0, disk: 0 },
@@ -212,24 +222,8 @@ impl Spread {
 
     /// How long a step is estimated to take.
     pub fn step(&self, costs: &SplitCosts) -> Duration {
-        let work = SplitWork { waiting: self.places_for_gradients(), ..self.room.work(self.split.resident) };
-        costs.step(&work, self.split.streamed)
+        self.room.step(costs, self.split)
     }
-
-    /// Gradients of groups that do not live on the device for which there is a place until their update: below the device
-    /// beside the states, and on it beside the residents and what passes.
-    fn places_for_gradients(&self) -> u32 {
-        let SplitRoom { groups, persistent, slots, working_set, .. } = self.room;
-        let (resident, away) = (self.split.resident, groups - self.split.resident);
-        let below = (self.slots.host + self.slots.disk).saturating_sub(persistent * away + spare_slots(&self.room));
-        let passing = working_set + if self.split.streamed > 0 { self.room.stream() } else { 0 };
-        below + slots.saturating_sub(persistent * resident + passing)
-    }
-}
-
-/// A chunk on its way out while another is on its way in, and a resident group that a checkpoint reads.
-fn spare_slots(room: &SplitRoom) -> u32 {
-    2 + room.persistent
 }
 
 /// Gradients in host memory below which both sides would wait for each other.

@@ -34,18 +34,16 @@ impl Plan {
             Placement::Host | Placement::Hybrid => self.working_set_chunks,
         };
         if device < device_need {
-            let non_model = config.memory.device.0.saturating_sub(bytes(device).0);
+            let non_model = self.reserved.0;
             let chunks = u64::from(device_need) * chunk;
             let share = config.memory.chunk_share;
             let (need, knob) = match config.memory.share {
-                Share::Dynamic => {
-                    (chunks + non_model.min(config.memory.device.0), "raise train.micro_batches".to_owned())
-                }
+                Share::Dynamic => (chunks + non_model, "raise train.micro_batches".to_owned()),
                 Share::Static => {
                     ((chunks as f64 / share).ceil() as u64, format!("raise memory.chunk_share above {share}"))
                 }
             };
-            let need = Bytes(need);
+            let need = Bytes(need).as_setting();
             self.problems.push(format!(
                 "device memory has room for {device} chunks of {} beside {} of activations, the largest block needs {device_need}: \
                  set memory.device to at least {need}, or lower memory.chunk, or {knob}",
@@ -59,10 +57,10 @@ impl Plan {
                 "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",
                 bytes(host),
                 bytes(host_need),
-                bytes(host_need),
+                bytes(host_need).as_setting(),
             ));
         } else if host + disk < needed {
-            let missing = bytes(needed - host - disk);
+            let missing = bytes(needed - host - disk).as_setting();
             self.problems.push(format!(
                 "states and gradients beside the device need {}, host and disk have {}: raise memory.host or memory.disk by {missing}, \
                  or raise memory.device",
@@ -79,7 +77,7 @@ pub(super) fn too_little_beside_chunks(config: &Config, need: Bytes, rest: Bytes
     let knob = match most > 0.0 {
         // Rounded down: it must leave enough.
         true => format!("lower memory.chunk_share to {:.3}", (most * 1e3).floor() / 1e3),
-        false => format!("set memory.device to more than {need}"),
+        false => format!("set memory.device to more than {}", need.as_setting()),
     };
     format!(
         "activations need {need}, the static share of chunks leaves them {rest}: {knob}, or raise train.micro_batches, \

@@ -132,6 +132,7 @@ impl Model {
             together: case.clip_norm > 0.0 || case.precision.scales_loss(),
             tight: false,
             looked_up: 0,
+            below: case.host_slots + case.disk_slots,
         };
         let disk = std::env::temp_dir().join(format!("patrickstar-test-{}-{:p}", std::process::id(), &layout));
         let config = RuntimeConfig {

@@ -9,7 +9,7 @@ use crate::train::device::is_cuda;
 
 /// Of settings predicted to be as fast within this part of a step, the one that keeps least: memory that is left is worth more
 /// to chunks than the prediction knows.
-const AS_FAST: f64 = 0.01;
+const AS_FAST: f64 = 0.005;
 /// Chunks leave the device for activations where that is predicted to shorten a step by this part.
 const WORTH_IT: f64 = 0.03;
 

@@ -41,7 +41,10 @@ fn a_step_on_a_gpu_takes_as_long_as_what_it_waits_for() {
     let (layers, width, tokens, time) = (number(&plan["layers"]), 2048.0, 16.0 * 1024.0, 1024.0);
     let again = (layers - number(&plan["kept_layers"])) * 2.0 * tokens * width * (8.0 * width + time);
     let compute = (number(&plan["flops"]) + again) / 500e12;
-    assert!((number(&plan["predicted_step_s"]) / compute - 1.0).abs() < 1e-6, "{plan}");
+    assert!((number(&plan["bound"]["compute_s"]) / compute - 1.0).abs() < 1e-6, "{plan}");
+    // What runs between products takes time too.
+    let share = compute / number(&plan["predicted_step_s"]);
+    assert!((0.85..1.0).contains(&share), "{share} of {plan}");
     // With a fraction of the device the host steps, and is what a small batch waits for.
     let streamed = ["memory.device=8GB", "memory.host=40GB", "train.batch=2"];
     let [slow, fast] = ["40", "80"].map(|host| number(&on_a_gpu(["500", "40", host], &streamed)["predicted_step_s"]));
@@ -54,7 +57,7 @@ fn a_step_on_a_gpu_takes_as_long_as_what_it_waits_for() {
 fn gradients_that_find_no_place_make_a_step_longer() {
     // 21 billion parameters fill the device and host memory.
     let with = |host: &str| {
-        let sets = ["model.preset=20b", "memory.device=148GB", "train.batch=8", host];
+        let sets = ["model.preset=20b", "memory.device=148GB", "train.batch=8", "train.recompute=full", host];
         on_a_gpu(["620", "43", "115"], &sets)
     };
     let [tight, roomy] = ["memory.host=125GB", "memory.host=160GB"].map(with);
@@ -143,7 +146,7 @@ fn inputs_of_many_micro_batches_on_their_way_back_find_their_place() {
 
 #[test]
 fn chunks_leave_the_device_for_activations_where_the_host_hides_their_updates() {
-    // Two cores step, at the rate that is assumed of any.
+    // Two cores step, at the rate that is assumed of any where no GPU is at hand.
     let with = |sets: &[&str]| {
         let model = ["model.preset=20b", "train.batch=16", "memory.device=278GB", "actors.optimizer.threads=2"];
         let plan = beside(&[], &[&model, sets].concat());
@@ -153,9 +156,7 @@ fn chunks_leave_the_device_for_activations_where_the_host_hides_their_updates() 
     let (kept, resident, step) = with(&["memory.host=60GB"]);
     let (none, all, again) = with(&["memory.host=60GB", "train.recompute=full"]);
     assert!(kept > none && resident < all && step < 0.97 * again, "{kept} {resident} {step} {again}");
-    // Not where host memory has no place for their states, nor for more layers than the host keeps up with.
+    // Not where host memory has no place for their states.
     let (beside_all, everything, _) = with(&["memory.host=2GB"]);
     assert!(everything == all && beside_all < kept, "{everything} {beside_all}");
-    let (layers, few, slow) = with(&["memory.host=60GB", "train.recompute=selective"]);
-    assert!(layers > kept && few < resident && slow > step, "{layers} {few} {slow}");
 }

@@ -49,6 +49,8 @@ pub fn spread_sides(groups: u32, looked_up: u32, resident: u32, streamed: u32) -
         .collect()
 }
 
+/// Gradients for which the tiers below have places at least.
+pub const LEAST_GRADIENTS: u32 = 4;
 /// Groups pass through the device where that is predicted to shorten a step by this part: they take slots from residents and
 /// from prefetching, and their copies take nearly as much of the host's memory bandwidth as its own updates, which the
 /// prediction does not count. The steps that follow show whether it was right.
@@ -244,8 +246,18 @@ impl SplitRoom {
         2 + self.persistent
     }
 
+    /// Slots that the tiers below must have: states of what does not live on the device, and the gradients below whose number
+    /// both sides would wait for each other. Those that wait for the last one all lie somewhere; others are used up as they
+    /// come, and where there is no place for them the model waits. Rows that are looked up have theirs all at once.
+    pub fn needed_below(&self, split: Split) -> u32 {
+        let away = self.groups.saturating_sub(split.resident);
+        let gradients = if self.together { away } else { away.min(LEAST_GRADIENTS.max(self.looked_up)) };
+        self.persistent * away + self.spare() + gradients
+    }
+
     /// What there is to do. Gradients of groups that do not live on the device wait for their update below it, beside the
-    /// states, and on it beside the residents and what passes.
+    /// states, and on it beside the residents and what passes. Weights that come ahead of time take the same places on it: the
+    /// prediction counts on both.
     pub fn work(&self, Split { resident, streamed }: Split) -> SplitWork {
         let SplitRoom { persistent, together, .. } = *self;
         let groups = self.groups.saturating_sub(resident);
@@ -270,7 +282,7 @@ impl SplitRoom {
         let beside = self.work(Split { resident, streamed: 1 });
         let with = Split { resident, streamed: costs.best_streamed(&beside, beside.groups) };
         let worth_it = self.step(costs, with) < self.step(costs, without).mul_f64(1.0 - STREAMING_GAIN);
-        if with.streamed > 0 && worth_it { with } else { without }
+        if with.streamed > 0 && worth_it && self.needed_below(with) <= self.below { with } else { without }
     }
 }
 
@@ -388,11 +400,10 @@ mod tests {
         let waiting = |split| room.work(split).waiting;
         assert_eq!(waiting(Split { resident: 8, streamed: 0 }), 5 + 60 - 48 - 4);
         assert_eq!(waiting(Split { resident: 7, streamed: 2 }), 0, "what passes takes 14");
-        // A split is chosen knowing it: updates that hold the backward pass up are worth passing the device for.
-        let costs = SplitCosts { memory_share: 0.5, ..costs(42, 2) };
-        assert_eq!(SplitRoom::EXAMPLE.split(&costs).streamed, 0);
-        let tight = SplitRoom { below: 0, ..SplitRoom::EXAMPLE };
-        assert!(tight.split(&costs).streamed > 0, "{:?}", tight.split(&costs));
+        // What passes takes places of residents, whose states need others below.
+        assert!(SplitRoom::EXAMPLE.split(&costs(60, 5)).streamed > 0);
+        let full = SplitRoom { below: 24 * 6 + 8 + 4, ..SplitRoom::EXAMPLE };
+        assert_eq!(full.split(&costs(60, 5)), Split { resident: 8, streamed: 0 });
     }
 
     #[test]

@@ -137,7 +137,7 @@ pub struct Train {
     pub micro_batches: usize,
     /// Tokens a sequence; at most `model.context`.
     pub seq_len: usize,
-    /// What the backward pass computes again: "full" all but the inputs of blocks, "selective" norms and activation functions, "none" nothing, "auto" what makes a step shortest by the plan's prediction, as far as there is memory for it.
+    /// What the backward pass computes again: "full" all but the inputs of blocks, "selective" norms and activation functions, "none" nothing, "auto" as little as there is memory for; on a GPU chunks make room where a step is predicted to be shorter for it.
     pub recompute: Recompute,
     /// Where the inputs of blocks wait for the backward pass: "device", "host", or "auto" for host memory where the device has no room.
     pub boundaries: Boundaries,

@@ -32,7 +32,7 @@ impl Plan {
             if fits(&all) {
                 return all;
             }
-            // Half as many again find a place if they leave out what is cheap.
+            // Two thirds more find a place if they leave out what is cheap.
             let most = (1..=layers).map(frugal).take_while(fits).last();
             let worth_more = |most| self.worth_more_than_chunks(config, most, beside);
             if let Some(keeping) = most.map_or_else(|| worth_more(0), |most| worth_more(most.layers).or(Some(most))) {
@@ -67,12 +67,12 @@ impl Plan {
             return None;
         }
         let step = |layers: usize| -> Option<Duration> {
-            let beside = beside(frugal(layers));
-            let spread = self.spread(config, beside);
+            let others = beside(frugal(layers));
+            let spread = self.spread(config, others);
             let flows = spread.room.holds_all() || spread.room.slots >= self.flowing(config);
             // Disk is too slow to hide behind anything.
             let has_a_place = spread.slots.host >= spread.needed;
-            (flows && has_a_place || layers == least).then(|| spread.step(&self.costs(config, beside.kept_layers)))
+            (flows && has_a_place || layers == least).then(|| spread.step(&self.costs(config, others.kept_layers)))
         };
         let steps: Vec<(usize, Duration)> =
             (least..=self.layers as usize).map_while(|layers| Some((layers, step(layers)?))).collect();
@@ -85,4 +85,34 @@ impl Plan {
 /// So many layers keep what is not cheap.
 fn frugal(layers: usize) -> Keeping {
     Keeping { layers, frugal: layers > 0, away: 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::config::Sources;
+    use crate::data::Tokenizer;
+    use crate::plan::Plan;
+    use crate::train::model::build;
+    use crate::train::program::Program;
+
+    #[test]
+    fn a_job_that_runs_is_planned_with_the_activations_that_it_keeps() {
+        let planned = |device: &str, before: Option<&Plan>| {
+            let sets = ["compute.device=cuda", "model.preset=6b", "model.precision=bf16", "train.batch=16"];
+            let more = ["train.seq_len=1024", "memory.chunk=256MiB", "memory.host=56GB", device];
+            let sets = sets.iter().chain(&more).map(|set| set.to_string()).collect();
+            let mut config = Sources::process(None, sets).load().unwrap().config;
+            let (_, blocks) = build(&mut config, &Tokenizer::Bytes).unwrap();
+            let program = Program::new(&blocks, config.model.embedding).unwrap();
+            before.map_or_else(|| Plan::new(&config, &program), |before| before.again(&config, &program)).unwrap()
+        };
+        let running = planned("memory.device=200GB", None);
+        assert_eq!((running.fits(), running.kept_layers), (true, running.layers));
+        // A fresh job would compute again what has no place; one that runs cannot, and is refused.
+        let fresh = planned("memory.device=70GB", None);
+        assert!(fresh.fits() && fresh.kept_layers < running.kept_layers, "{fresh:?}");
+        let again = planned("memory.device=70GB", Some(&running));
+        assert_eq!(again.kept_layers, running.kept_layers);
+        assert!(again.refusal().is_some_and(|reason| reason.contains("memory.device")), "{again:?}");
+    }
 }

@@ -179,6 +179,16 @@ fn gpt2_activations(config: &Config, model: &Gpt2Config, keeping: Keeping) -> By
 impl Plan {
     /// Predicts a job. Errors are only for configurations that name an impossible chunk.
     pub fn new(config: &Config, program: &Program) -> Result<Self, Error> {
+        Self::with(config, program, None)
+    }
+
+    /// The plan of a job of this plan under another configuration: a job that runs keeps the activations that it keeps.
+    pub fn again(&self, config: &Config, program: &Program) -> Result<Self, Error> {
+        let [layers, away] = [self.kept_layers, self.away_layers].map(|layers| layers as usize);
+        Self::with(config, program, Some(Keeping { layers, frugal: self.frugal, away }))
+    }
+
+    fn with(config: &Config, program: &Program, as_before: Option<Keeping>) -> Result<Self, Error> {
         let specs = program.tensor_specs();
         let model = configured_model(config, program);
         // A quarter of the device for models of the user's own, until it has been measured in the warm-up step.
@@ -263,11 +273,11 @@ impl Plan {
             host: model.as_ref().map_or(Bytes(0), |model| activations_on_host(config, model, keeping)),
             kept_layers: keeping.layers as u32,
         };
-        let keeping = match config.train.boundaries {
+        let keeping = as_before.unwrap_or_else(|| match config.train.boundaries {
             Boundaries::Host => Keeping { away: most_away, ..kept },
             Boundaries::Auto | Boundaries::Device if model.is_some() => plan.keeping(config, kept, &beside),
             Boundaries::Auto | Boundaries::Device => kept,
-        };
+        });
         plan.frugal = keeping.frugal;
         plan.kept_layers = keeping.layers as u32;
         plan.away_layers = keeping.away as u32;
@@ -299,6 +309,11 @@ impl Plan {
     /// Where tensors lie.
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// Host memory for inputs of blocks, and for rows on their way.
+    pub fn activations_on_host(&self) -> Bytes {
+        self.activations_on_host
     }
 
     /// Whether `block` keeps its activations for the backward pass.

@@ -6,16 +6,18 @@ use std::time::Duration;
 use patrickstar_actors::memory::bandwidth::adam_bandwidth;
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
+use patrickstar_actors::{LEAST_GRADIENTS, Side, Split, SplitCosts, SplitRoom, spread_sides};
 
 use super::predict::update_bytes;
 use super::{KnownRates, Plan};
 use crate::config::{Config, Placement, Size};
 use crate::train::device::is_cuda;
 
-/// What a GPU and its host do until they have been measured: products in FLOP/s, the link in bytes/s each way while both are
-/// used, and parameters that one core steps in a second beside the GPU. Measured on an H200 with 16 cores.
-pub(super) const PRODUCTS: f64 = 6.0e14;
+/// What a GPU and its host do until they have been measured: products in FLOP/s for more than a second, the link in bytes/s each
+/// way while both are used, and parameters that one core steps in a second beside the GPU. Measured on an H200 with 16 cores.
+pub(super) const PRODUCTS: f64 = 6.5e14;
+/// What a step's operations reach of the rate of products, with all that runs between them: 0.90 to 0.97 on an H200.
+const OF_PRODUCTS: f64 = 0.92;
 pub(super) const LINK: f64 = 43e9;
 const STEPPED_BY_CORE: f64 = 3.8e8;
 /// Parameters whose update is timed where the host's memory is at hand, and how often; the best counts. Measured on 16 cores
@@ -71,7 +73,7 @@ impl Plan {
         .saturating_sub(beside.host.0);
         let capacity = |wanted: u32| match config.memory.host {
             Size::Bytes(bytes) => bytes.0.saturating_sub(beside.host.0),
-            Size::Auto => available.min(u64::from(wanted) * chunk),
+            Size::Auto => available.min(u64::from(wanted).saturating_mul(chunk)),
         };
         let mut room = self.room(config, beside.device);
         let on_disk = slots(config.memory.disk.0);
@@ -99,7 +101,9 @@ impl Plan {
         // Forward and twice as much backward, and what is computed again.
         let passes = 1.0 + self.computed_again(kept_layers);
         let forward_share = 1.0 / (3.0 * passes);
-        let compute = self.flops.map_or(UNKNOWN_COMPUTE, |flops| Duration::from_secs_f64(passes * flops / PRODUCTS));
+        let compute = self
+            .flops
+            .map_or(UNKNOWN_COMPUTE, |flops| Duration::from_secs_f64(passes * flops / (OF_PRODUCTS * PRODUCTS)));
         let parameters = self.parameters as f64 / self.layout.group_count().max(1) as f64;
         let copy = Duration::from_secs_f64(self.chunk.0 as f64 / LINK);
         SplitCosts {
@@ -146,12 +150,7 @@ impl Plan {
         let costs = self.costs(config, self.kept_layers);
         let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / room.groups.max(1);
         let stepped = meanwhile.as_secs_f64() / costs.host_step.as_secs_f64().max(1e-9);
-        away.saturating_sub(stepped as u32).max(self.least_gradients().min(away))
-    }
-
-    /// Gradients for which host memory must have room: those of rows that are looked up there come all at once.
-    fn least_gradients(&self) -> u32 {
-        LEAST_GRADIENTS.max(self.looked_up_groups)
+        away.saturating_sub(stepped as u32).max(LEAST_GRADIENTS.max(room.looked_up).min(away))
     }
 
     /// The side of each group.
@@ -163,14 +162,10 @@ impl Plan {
     /// Slots in host memory: what the tier must have, and what it can use.
     fn host_slots(&self, room: &SplitRoom, split: Split, device: Bytes) -> (u32, u32) {
         let away = room.groups - split.resident;
-        let states = room.persistent * away + room.spare();
-        // Gradients that wait for the last one all lie somewhere; others are used up as they come, and where there is no
-        // place for them the model waits.
-        let gradients = if room.together { away } else { away.min(self.least_gradients()) };
         // A neighbour may take some of the device: residents then need a place, and so do their gradients.
         let of_residents = (room.persistent + 1) * split.resident;
         let homeless = (device.0 / 4 / self.chunk.0.max(1)).min(u64::from(of_residents)) as u32;
-        (states + gradients, states + away + homeless)
+        (room.needed_below(split), room.persistent * away + room.spare() + away + homeless)
     }
 }
 
@@ -225,9 +220,6 @@ impl Spread {
         self.room.step(costs, self.split)
     }
 }
-
-/// Gradients in host memory below which both sides would wait for each other.
-const LEAST_GRADIENTS: u32 = 4;
 
 /// Parameters that the host steps in a second beside a GPU, were nothing copied. A program for GPUs runs where it plans, so it
 /// measures, once: hosts of the same kind differ by a third.

@@ -35,10 +35,15 @@ impl Plan {
         };
         if device < device_need {
             let non_model = self.reserved.0;
+            // Models of the user's own are left a quarter of the device, however large it is.
+            let own = self.flops.is_none();
             let chunks = u64::from(device_need) * chunk;
             let share = config.memory.chunk_share;
             let (need, knob) = match config.memory.share {
-                Share::Dynamic => (chunks + non_model, "raise train.micro_batches".to_owned()),
+                Share::Dynamic => (
+                    if own { chunks.div_ceil(3) * 4 } else { chunks + non_model },
+                    "raise train.micro_batches".to_owned(),
+                ),
                 Share::Static => {
                     ((chunks as f64 / share).ceil() as u64, format!("raise memory.chunk_share above {share}"))
                 }
@@ -57,7 +62,7 @@ impl Plan {
                 "host memory has {} for chunks, stepping one group needs {}: set memory.host to at least {}",
                 bytes(host),
                 bytes(host_need),
-                bytes(host_need).as_setting(),
+                Bytes(bytes(host_need).0 + self.activations_on_host.0).as_setting(),
             ));
         } else if host + disk < needed {
             let missing = bytes(needed - host - disk).as_setting();

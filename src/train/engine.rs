@@ -337,9 +337,9 @@ impl Engine {
         self.program.parameters.iter().map(|spec| spec.name.clone()).collect()
     }
 
-    /// What this model would need under another configuration.
+    /// What this job would need under another configuration: what it keeps of activations stays.
     pub fn replan(&self, config: &Config) -> Result<Plan, Error> {
-        Plan::new(config, &self.program)
+        self.plan.again(config, &self.program)
     }
 
     /// The runtime below, for statistics, tuning and traces.

@@ -138,12 +138,12 @@ impl Stash {
         place.free_after = Some(Event::clone(&done));
         let bytes = Bytes(bytes as u64);
         self.moved.out.0 += bytes.0;
-        draw(&self.timeline, Track::ActivationsOut, bytes, start, began, &done)?;
         let stashed = Stashed { place: index, shape: input.shape().clone(), dtype: input.dtype() };
-        self.leaving.push_back((input, done));
+        self.leaving.push_back((input, Event::clone(&done)));
         while self.leaving.len() > LEAVING {
             self.let_go()?;
         }
+        draw(&self.timeline, Track::ActivationsOut, bytes, start, began, &done)?;
         Ok(stashed)
     }
 
@@ -190,8 +190,15 @@ impl Stash {
                     .map_err(of_memory)?;
                 let arrived = self.back.record().map_err(of_memory)?;
                 place.free_after = Some(Event::clone(&arrived));
-                draw(&self.timeline, Track::ActivationsBack, Bytes(bytes as u64), start, began, &arrived)?;
-                Coming { tensor, arrived: Some(arrived) }
+                let coming = Coming { tensor, arrived: Some(Event::clone(&arrived)) };
+                if let Err(error) =
+                    draw(&self.timeline, Track::ActivationsBack, Bytes(bytes as u64), start, began, &arrived)
+                {
+                    // Its memory is not the pool's again before the copy has ended.
+                    self.arrive(coming)?;
+                    return Err(error);
+                }
+                coming
             }
         };
         self.moved.back.0 += bytes as u64;

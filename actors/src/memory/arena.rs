@@ -31,7 +31,7 @@ unsafe impl Sync for Arena {}
 
 impl Arena {
     const HUGE_PAGE: usize = 2 << 20;
-    /// Bytes of a page of this machine.
+    /// Bytes of a page, as x86-64 has them.
     pub(super) const PAGE: usize = 4096;
 
     /// Maps `slots * slot_bytes`, page aligned. What does not fit the memory this process may still take is refused

@@ -131,7 +131,14 @@ struct End<'a>(&'a Work);
 
 impl Drop for End<'_> {
     fn drop(&mut self) {
-        self.0.lock().ended = true;
+        let mut state = self.0.lock();
+        state.ended = true;
+        if std::thread::panicking() {
+            let source = std::io::Error::other("the thread that registers it panicked");
+            let need = Bytes(self.0.arena.bytes() as u64);
+            state.failed = Some(MemoryError::Allocation { tier: Tier::Host, need, source });
+        }
+        // Under the lock: whoever looked before it waits by now, and is woken.
         self.0.ready.store(u32::MAX, Ordering::Release);
         self.0.progress.notify_all();
     }
@@ -237,13 +244,21 @@ mod tests {
         let slot = Bytes(Arena::PAGE as u64);
         let arena = Arena::new(Tier::Host, 3, slot).unwrap();
         let arena = RegisteredArena::new(Notes { ranges: Arc::clone(&ranges), allowed }, arena, slot).unwrap();
+        // Dropped before the arena, whose thread then does not wait for it: a failed assertion ends the test.
+        let allow = allow;
         allow.send(true).unwrap();
         let first = arena.slot(SlotIndex(0));
         assert_eq!(*ranges.lock().unwrap(), [(first.as_ptr() as usize, Arena::PAGE)]);
         std::thread::scope(|scope| {
-            let second = scope.spawn(|| {
-                arena.slot(SlotIndex(1));
+            let (begin, begun) = flume::bounded(1);
+            let second = scope.spawn({
+                let arena = &arena;
+                move || {
+                    begin.send(()).unwrap();
+                    arena.slot(SlotIndex(1));
+                }
             });
+            begun.recv().unwrap();
             std::thread::sleep(Duration::from_millis(20));
             assert!(!second.is_finished(), "the address of a slot that is not registered");
             allow.send(true).unwrap();

@@ -92,7 +92,7 @@ impl Tuning {
 fn refusal(engine: &Engine, next: &Config) -> Result<Option<String>, Error> {
     let least = engine.plan().least_device();
     if next.memory.device < least {
-        return Ok(Some(format!("the job would not fit: it needs memory.device of at least {least}")));
+        return Ok(Some(format!("the job would not fit: it needs memory.device of at least {}", least.as_setting())));
     }
     Ok(engine.replan(&trial(engine, next))?.refusal())
 }
@@ -101,7 +101,7 @@ fn refusal(engine: &Engine, next: &Config) -> Result<Option<String>, Error> {
 fn trial(engine: &Engine, next: &Config) -> Config {
     let mut trial = next.clone();
     trial.memory.chunk = Size::Bytes(engine.plan().chunk);
-    trial.memory.host = Size::Bytes(host(engine, next));
+    trial.memory.host = Size::Bytes(Bytes(host(engine, next).0 + engine.plan().activations_on_host().0));
     // A static share gives up chunks alone.
     trial.memory.chunk_share = engine.plan().chunk_share(next.memory.device);
     trial
@@ -110,5 +110,6 @@ fn trial(engine: &Engine, next: &Config) -> Config {
 /// Host memory for chunks, at most what there is.
 fn host(engine: &Engine, config: &Config) -> Bytes {
     let capacity = engine.runtime().tier_use(Tier::Host).capacity;
-    config.memory.host.bytes().map_or(capacity, |bytes| bytes.min(capacity))
+    let beside = engine.plan().activations_on_host();
+    config.memory.host.bytes().map_or(capacity, |bytes| Bytes(bytes.0.saturating_sub(beside.0)).min(capacity))
 }

@@ -2,6 +2,8 @@
 
 mod context;
 mod launch;
+#[cfg(feature = "cuda-on-demand")]
+pub mod libraries;
 mod math;
 mod nvml;
 mod profile;

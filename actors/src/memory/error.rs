@@ -61,6 +61,14 @@ pub enum MemoryError {
         /// What the system said.
         source: io::Error,
     },
+    /// A library of CUDA is not there.
+    #[error("{reason}: install {product}, or name its directory in LD_LIBRARY_PATH")]
+    Library {
+        /// Whose library.
+        product: &'static str,
+        /// What the loader said.
+        reason: String,
+    },
     /// A size that the tier cannot lay out in slots.
     #[error(
         "{tier} tier cannot have {slots} slots of {slot_bytes}: need a size that is a positive multiple of {multiple} bytes and fits the address space; change the chunk size"

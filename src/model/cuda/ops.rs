@@ -112,6 +112,8 @@ impl CudaOps {
 
     /// Sets up a GPU: a stream of its own, no event for every tensor.
     fn new(ordinal: usize) -> Result<Self> {
+        #[cfg(feature = "cuda-on-demand")]
+        patrickstar_actors::cuda::libraries::check().map_err(message)?;
         let device = Device::new_cuda_with_stream(ordinal)?;
         let cuda = device.as_cuda_device()?.clone();
         // SAFETY: nothing is allocated yet, and streams are ordered by explicit events.

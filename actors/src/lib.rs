@@ -54,7 +54,7 @@ mod untraced;
 mod updates;
 pub mod view;
 
-pub use placement::{LEAST_GRADIENTS, Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
+pub use placement::{Side, Split, SplitCosts, SplitRoom, SplitWork, spread_sides};
 pub use reader::ChunkReader;
 pub use shared::{EvictionPolicy, Lease};
 pub use system::Retune;

@@ -50,7 +50,7 @@ pub fn spread_sides(groups: u32, looked_up: u32, resident: u32, streamed: u32) -
 }
 
 /// Gradients for which the tiers below have places at least.
-pub const LEAST_GRADIENTS: u32 = 4;
+const LEAST_GRADIENTS: u32 = 4;
 /// Groups pass through the device where that is predicted to shorten a step by this part: they take slots from residents and
 /// from prefetching, and their copies take nearly as much of the host's memory bandwidth as its own updates, which the
 /// prediction does not count. The steps that follow show whether it was right.
@@ -246,12 +246,17 @@ impl SplitRoom {
         2 + self.persistent
     }
 
-    /// Slots that the tiers below must have: states of what does not live on the device, and the gradients below whose number
-    /// both sides would wait for each other. Those that wait for the last one all lie somewhere; others are used up as they
-    /// come, and where there is no place for them the model waits. Rows that are looked up have theirs all at once.
+    /// Gradients of so many groups below whose number both sides would wait for each other. Rows that are looked up have theirs
+    /// all at once.
+    pub fn least_gradients(&self, away: u32) -> u32 {
+        away.min(LEAST_GRADIENTS.max(self.looked_up))
+    }
+
+    /// Slots that the tiers below must have: states of what does not live on the device, and gradients. Those that wait for the
+    /// last one all lie somewhere; others are used up as they come, and where there is no place for them the model waits.
     pub fn needed_below(&self, split: Split) -> u32 {
         let away = self.groups.saturating_sub(split.resident);
-        let gradients = if self.together { away } else { away.min(LEAST_GRADIENTS.max(self.looked_up)) };
+        let gradients = if self.together { away } else { self.least_gradients(away) };
         self.persistent * away + self.spare() + gradients
     }
 

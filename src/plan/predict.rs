@@ -7,6 +7,7 @@ use patrickstar_actors::schedule::{Event, Setup, Trace, TraceRecorder, simulate_
 use patrickstar_actors::types::{Bytes, ChunkId, Kind, Moment, Precision, Tier};
 use patrickstar_actors::{Side, Split};
 
+use super::split::Spread;
 use super::{Plan, TierPlan, runtime_policy};
 use crate::config::Config;
 use crate::train::program::Program;
@@ -14,8 +15,8 @@ use crate::train::program::Program;
 impl Plan {
     pub(super) fn predict(&mut self, config: &Config, program: &Program, non_model: Bytes) {
         let (layout, sides) = (&self.layout, self.sides());
-        let (slots, persistent) = (self.spread.room.slots, self.spread.room.persistent);
-        let Split { resident, streamed } = self.split;
+        let Spread { room, split: Split { resident, streamed }, .. } = self.spread;
+        let (slots, persistent) = (room.slots, room.persistent);
         let lives_there = |chunk: ChunkId| {
             let info = layout.chunk(chunk);
             info.kind != Kind::Gradient && sides[info.group.0 as usize] == Side::Resident

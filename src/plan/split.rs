@@ -6,7 +6,7 @@ use std::time::Duration;
 use patrickstar_actors::memory::bandwidth::adam_bandwidth;
 use patrickstar_actors::memory::limits::{Available, available_host_memory};
 use patrickstar_actors::types::Bytes;
-use patrickstar_actors::{LEAST_GRADIENTS, Side, Split, SplitCosts, SplitRoom, spread_sides};
+use patrickstar_actors::{Side, Split, SplitCosts, SplitRoom, spread_sides};
 
 use super::predict::update_bytes;
 use super::{KnownRates, Plan};
@@ -150,7 +150,7 @@ impl Plan {
         let costs = self.costs(config, self.kept_layers);
         let meanwhile = costs.compute.mul_f64(1.0 - costs.forward_share) * away / room.groups.max(1);
         let stepped = meanwhile.as_secs_f64() / costs.host_step.as_secs_f64().max(1e-9);
-        away.saturating_sub(stepped as u32).max(LEAST_GRADIENTS.max(room.looked_up).min(away))
+        away.saturating_sub(stepped as u32).max(room.least_gradients(away))
     }
 
     /// The side of each group.

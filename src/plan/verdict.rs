@@ -14,7 +14,8 @@ impl Plan {
 
     /// The chunks of the largest access of a block, or of a group that is stepped on the device.
     pub fn least_chunks(&self) -> Bytes {
-        let stepped = if self.split.resident + self.split.streamed > 0 { self.spread.room.persistent + 1 } else { 0 };
+        let Spread { room, split, .. } = self.spread;
+        let stepped = if split.resident + split.streamed > 0 { room.persistent + 1 } else { 0 };
         Bytes(u64::from(self.working_set_chunks.max(stepped)) * self.chunk.0)
     }
 

@@ -35,7 +35,7 @@ impl Source {
         Source { file, version, product, missing, loaded: OnceLock::new() }
     }
 
-    fn library(&self) -> &Result<Library, String> {
+    fn open(&self) -> &Result<Library, String> {
         let file = || format!("{}.so.{}", self.file, self.version);
         // SAFETY: the libraries of the vendor do nothing when they are loaded that another thread could see.
         let load = || unsafe { Library::open(Some(file()), RTLD_LAZY | RTLD_GLOBAL) };
@@ -45,7 +45,7 @@ impl Source {
     /// Address of a function, or of one that returns an error.
     fn function(&self, name: &CStr) -> usize {
         let missing = self.missing as *const () as usize;
-        let Ok(library) = self.library() else { return missing };
+        let Ok(library) = self.open() else { return missing };
         // SAFETY: only its address is used, by callers that know its type.
         let found = unsafe { library.get::<unsafe extern "C" fn()>(name.to_bytes_with_nul()) };
         found.map_or(missing, |function| *function as *const () as usize)
@@ -77,9 +77,9 @@ static SOURCES: [Source; 5] = [
     Source::new("libcurand", 10, "cuRAND", no_rand),
 ];
 
-/// Tells the first library that is missing.
+/// Tells the first library that is missing, before a call that would only return a number.
 pub fn check() -> Result<(), MemoryError> {
-    SOURCES.iter().try_for_each(|source| match source.library() {
+    SOURCES.iter().try_for_each(|source| match source.open() {
         Ok(_) => Ok(()),
         Err(reason) => Err(MemoryError::Library { product: source.product, reason: reason.clone() }),
     })
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn functions_of_missing_libraries_return_errors_and_are_named() {
         let absent = Source::new("libpatrickstar-absent", 7, "nothing", no_blas);
-        let reason = absent.library().as_ref().expect_err("no such library");
+        let reason = absent.open().as_ref().expect_err("no such library");
         assert!(reason.contains("libpatrickstar-absent.so.7"), "{reason}");
         assert_eq!(absent.function(c"cublasCreate_v2"), no_blas as *const () as usize);
         // Whatever this machine has: of the C library there is one function by that name.

@@ -4,12 +4,10 @@
 //! The bindings that candle brings are linked against the libraries. Each of their functions that the program calls is defined
 //! here, as a jump to what the library has by that name; so the linker has nothing left to look for in the libraries, and the
 //! loader does not ask for them. A function that is missing below is linked as before: the program then needs its library to
-//! start, and nothing else changes.
+//! start, and nothing else changes. So it is on other processors and systems than Linux on x86-64, whose calls the jumps are
+//! written for.
 
 #![expect(unsafe_code, reason = "jumps to functions of libraries that are found while running")]
-
-#[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
-compile_error!("the feature `cuda-on-demand` is written for Linux on x86-64: build with `cuda`");
 
 use std::ffi::CStr;
 use std::sync::OnceLock;

@@ -2,7 +2,7 @@
 
 mod context;
 mod launch;
-#[cfg(feature = "cuda-on-demand")]
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 pub mod libraries;
 mod math;
 mod nvml;

@@ -112,7 +112,7 @@ impl CudaOps {
 
     /// Sets up a GPU: a stream of its own, no event for every tensor.
     fn new(ordinal: usize) -> Result<Self> {
-        #[cfg(feature = "cuda-on-demand")]
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
         patrickstar_actors::cuda::libraries::check().map_err(message)?;
         let device = Device::new_cuda_with_stream(ordinal)?;
         let cuda = device.as_cuda_device()?.clone();

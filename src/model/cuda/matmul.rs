@@ -22,7 +22,7 @@ const WORKSPACE: usize = 32 << 20;
 const BEST_ALIGNMENT: u64 = 256;
 
 /// A row-major matrix in device memory, or the transpose of one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Operand {
     pub address: u64,
     /// Elements from one row to the next, as it lies in memory.
@@ -41,7 +41,7 @@ impl Operand {
 }
 
 /// `out = a b (+ add) (+ bias to every row)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Product {
     /// Rows of `out`, columns of `out`, and the length of the sums.
     pub shape: (usize, usize, usize),
@@ -58,7 +58,7 @@ pub(super) struct Product {
     pub out_dtype: DType,
 }
 
-/// Everything that decides a plan.
+/// Everything that decides a plan, and what a product queues but its addresses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
     shape: (usize, usize, usize),
@@ -70,6 +70,29 @@ struct Key {
     alignments: [u32; 4],
 }
 
+/// `a`, `b`, `out`, `add` and `bias`; 0 for what there is not.
+type Addresses = [u64; 5];
+
+impl Product {
+    fn key(&self) -> Key {
+        let add = self.add.unwrap_or(self.out.0);
+        Key {
+            shape: self.shape,
+            strides: [self.a.stride, self.b.stride, self.out.1],
+            transposed: [self.a.transposed, self.b.transposed],
+            types: [self.dtype, self.out_dtype],
+            adds: self.add.is_some(),
+            bias: self.bias.is_some(),
+            alignments: [self.a.address, self.b.address, add, self.out.0].map(alignment),
+        }
+    }
+
+    fn addresses(&self) -> Addresses {
+        let optional = |address: Option<u64>| address.unwrap_or_default();
+        [self.a.address, self.b.address, self.out.0, optional(self.add), optional(self.bias)]
+    }
+}
+
 struct Plan {
     description: sys::cublasLtMatmulDesc_t,
     layouts: [sys::cublasLtMatrixLayout_t; 3],
@@ -79,7 +102,7 @@ struct Plan {
 /// cuBLASLt on one stream.
 pub(super) struct Products {
     library: Library,
-    replays: Replays<Product>,
+    replays: Replays<Key, 5>,
     stream: Arc<CudaStream>,
 }
 
@@ -138,33 +161,28 @@ impl Products {
             return Ok(());
         }
         let Products { library, replays, stream } = self;
-        // SAFETY: a product says everything of its call but the scratch, which is always the same; the caller vouches for the
-        // addresses.
-        unsafe { replays.queue(product, stream, |stream| library.multiply(product, stream)) }
+        let key = product.key();
+        // SAFETY: a key says everything of a call but its addresses and the scratch, which is always the same; the library only
+        // hands addresses on. The caller vouches for those of the product; at others nothing runs.
+        unsafe {
+            replays
+                .queue(&key, product.addresses(), stream, |addresses, stream| library.multiply(&key, addresses, stream))
+        }
     }
 }
 
 impl Library {
     /// # Safety
     /// As for [`Products::multiply`], which only this is for.
-    unsafe fn multiply(&mut self, product: &Product, stream: &CudaStream) -> Result<()> {
-        let (m, n, k) = product.shape;
-        let add = product.add.unwrap_or(product.out.0);
-        let key = Key {
-            shape: (m, n, k),
-            strides: [product.a.stride, product.b.stride, product.out.1],
-            transposed: [product.a.transposed, product.b.transposed],
-            types: [product.dtype, product.out_dtype],
-            adds: product.add.is_some(),
-            bias: product.bias.is_some(),
-            alignments: [product.a.address, product.b.address, add, product.out.0].map(alignment),
-        };
-        if !self.plans.contains_key(&key) {
-            let plan = self.plan(product, &key)?;
-            self.plans.insert(key, plan);
+    unsafe fn multiply(&mut self, key: &Key, addresses: Addresses, stream: &CudaStream) -> Result<()> {
+        let [a, b, target, add, bias] = addresses;
+        let add = if key.adds { add } else { target };
+        if !self.plans.contains_key(key) {
+            let plan = self.plan(key, bias)?;
+            self.plans.insert(*key, plan);
         }
-        let Some(plan) = self.plans.get(&key) else { bail!("a plan that was just made is missing") };
-        if let Some(bias) = product.bias {
+        let Some(plan) = self.plans.get(key) else { bail!("a plan that was just made is missing") };
+        if key.bias {
             set(plan.description, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
         }
         let (alpha, beta) = (1f32, if key.adds { 1f32 } else { 0f32 });
@@ -178,13 +196,13 @@ impl Library {
                 plan.description,
                 (&raw const alpha).cast(),
                 (&raw const beta).cast(),
-                product.b.address as *const _,
+                b as *const _,
                 first,
-                product.a.address as *const _,
+                a as *const _,
                 second,
                 add as *const _,
                 out,
-                product.out.0 as *mut _,
+                target as *mut _,
                 out,
                 &raw const plan.algorithm,
                 workspace as *mut _,
@@ -195,27 +213,29 @@ impl Library {
         .map_err(|error| failed("multiply", error))
     }
 
-    fn plan(&self, product: &Product, key: &Key) -> Result<Plan> {
+    fn plan(&self, key: &Key, bias: u64) -> Result<Plan> {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let (m, n, k) = product.shape;
-        let (input, output) = (data_type(product.dtype)?, data_type(product.out_dtype)?);
+        let (m, n, k) = key.shape;
+        let [a_transposed, b_transposed] = key.transposed;
+        let [a_stride, b_stride, out_stride] = key.strides;
+        let (input, output) = (data_type(key.types[0])?, data_type(key.types[1])?);
         let layout = |kind, rows: usize, columns: usize, stride: usize| {
             result::create_matrix_layout(kind, rows as u64, columns as u64, stride as i64)
                 .map_err(|error| failed("describe a matrix", error))
         };
-        let (b_rows, b_columns) = if product.b.transposed { (k, n) } else { (n, k) };
-        let (a_rows, a_columns) = if product.a.transposed { (m, k) } else { (k, m) };
+        let (b_rows, b_columns) = if b_transposed { (k, n) } else { (n, k) };
+        let (a_rows, a_columns) = if a_transposed { (m, k) } else { (k, m) };
         let layouts = [
-            layout(input, b_rows, b_columns, product.b.stride)?,
-            layout(input, a_rows, a_columns, product.a.stride)?,
-            layout(output, n, m, product.out.1)?,
+            layout(input, b_rows, b_columns, b_stride)?,
+            layout(input, a_rows, a_columns, a_stride)?,
+            layout(output, n, m, out_stride)?,
         ];
         let description =
             result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)
                 .map_err(|error| failed("describe a product", error))?;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(product.b.transposed))?;
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(product.a.transposed))?;
-        if let Some(bias) = product.bias {
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, i32::from(b_transposed))?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSB, i32::from(a_transposed))?;
+        if key.bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             set(description, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, epilogue)?;
             set(description, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias)?;
@@ -223,7 +243,7 @@ impl Library {
         }
         let algorithm = self
             .choose(description, layouts, key)
-            .map_err(|error| candle_core::Error::Msg(format!("cuBLASLt has no product for {product:?}: {error:?}")))?;
+            .map_err(|error| candle_core::Error::Msg(format!("cuBLASLt has no product for {key:?}: {error:?}")))?;
         Ok(Plan { description, layouts, algorithm })
     }
 

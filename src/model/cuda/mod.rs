@@ -7,6 +7,7 @@
 mod activation;
 mod attention;
 mod buffers;
+mod capture;
 mod cross_entropy;
 mod embedding;
 mod linear;

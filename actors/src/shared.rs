@@ -21,8 +21,9 @@ use crate::timeline::{Timeline, Track};
 use crate::types::{Bytes, ChunkId, Moment, Step, Tier};
 use crate::updates::{UpdateDue, Updates};
 
-/// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs.
-const RUN_AHEAD: usize = 16;
+/// Blocks that the model may queue before the device has finished the first of them: enough to hide what queuing costs, and
+/// fewer than fill a driver's queue, in front of which its calls would spin.
+const RUN_AHEAD: usize = 8;
 
 /// Policies that may change while training runs; they never change the bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

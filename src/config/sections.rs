@@ -95,7 +95,7 @@ pub struct Memory {
     /// Bytes of a chunk, a multiple of 4096, or "auto" for the one that wastes least.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub chunk: Size,
-    /// Bytes of device memory that activations which are gone may keep for the next ones of their size, which saves host work on a GPU. 0 gives all of it back to the driver's pool; "auto" keeps it where the whole model lives on the device with room to spare.
+    /// Bytes of device memory that activations which are gone may keep for the next ones of their size, which saves host work on a GPU. 0 gives all of it back to the driver's pool; "auto" keeps what a step needs where the whole model lives on the device with room to spare, and elsewhere a tenth of that.
     #[schemars(extend("type" = ["string", "integer"]), with = "serde_json::Value")]
     pub buffers: Size,
 }

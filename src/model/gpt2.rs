@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::Result;
+use candle_core::{Result, bail};
 use serde::{Deserialize, Serialize};
 
 use super::block::{Block, Context, Init, ParameterSpec};
@@ -276,11 +276,17 @@ struct LayerBlock {
     model: Gpt2Config,
     name: String,
     prefix: String,
+    /// Of each part its weight and its bias: every pass asks for them.
+    parts: [(&'static str, [String; 2]); PARTS.len()],
 }
+
+const PARTS: [&str; 6] = ["ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"];
 
 impl LayerBlock {
     fn new(model: &Gpt2Config, layer: usize) -> Self {
-        LayerBlock { model: model.clone(), name: format!("h.{layer}"), prefix: format!("transformer.h.{layer}") }
+        let prefix = format!("transformer.h.{layer}");
+        let parts = PARTS.map(|part| (part, ["weight", "bias"].map(|kind| format!("{prefix}.{part}.{kind}"))));
+        LayerBlock { model: model.clone(), name: format!("h.{layer}"), prefix, parts }
     }
 
     fn linear(&self, name: &str, out: usize, inner: usize, std: f32) -> [ParameterSpec; 2] {
@@ -295,8 +301,10 @@ impl LayerBlock {
     }
 
     fn weights<'a>(&self, params: &'a Params, name: &str) -> Result<(&'a Param, &'a Param)> {
-        let get = |part: &str| params.get(&format!("{}.{name}.{part}", self.prefix));
-        Ok((get("weight")?, get("bias")?))
+        let Some((_, [weight, bias])) = self.parts.iter().find(|(part, _)| *part == name) else {
+            bail!("a layer has no part `{name}`");
+        };
+        Ok((params.get(weight)?, params.get(bias)?))
     }
 
     fn apply(&self, x: &Activation, params: &Params, name: &str) -> Result<Activation> {

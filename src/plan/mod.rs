@@ -287,11 +287,14 @@ impl Plan {
         }
         plan.activations_on_host = beside(keeping).host;
         if config.memory.buffers == Size::Auto && is_cuda(&config.compute) {
-            // As much as a step has at once, and in the worst case beside it. Chunks that travel have a better use for it.
+            // As much as a step has at once, and in the worst case beside it. Chunks that travel have a better use for that; what
+            // is set aside for fragments of the pool can be kept as well: memory that is kept does not fall to pieces.
             let all = Bytes(reserved(keeping).0 + non_model(keeping).0);
             if model.is_some() && rest.is_none() && plan.room(config, all).holds_all() {
                 plan.buffers = non_model(keeping);
                 plan.reserved = all;
+            } else if model.is_some() {
+                plan.buffers = Bytes(reserve(config, non_model(keeping)).0 - non_model(keeping).0);
             }
         }
         plan.place(config, program, Bytes(non_model(keeping).0 + buffers.0));

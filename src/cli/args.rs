@@ -318,6 +318,9 @@ pub enum BenchCommand {
         /// Steps to time, after one of warm-up.
         #[arg(long, default_value_t = 20)]
         steps: u64,
+        /// Leave out the step after them in which kernels are timed one by one.
+        #[arg(long)]
+        no_kernels: bool,
         /// Change a key; may be repeated.
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,

@@ -20,7 +20,9 @@ pub fn run(args: BenchArgs) -> Result<ExitCode, CliError> {
     let (value, pass) = match args.what {
         BenchCommand::Adam => (memory::adam()?, true),
         BenchCommand::Copy => (memory::copy()?, true),
-        BenchCommand::Step { shape, batch, steps, set } => (step::run(shape, batch, steps, set)?, true),
+        BenchCommand::Step { shape, batch, steps, no_kernels, set } => {
+            (step::run(shape, batch, steps, !no_kernels, set)?, true)
+        }
         BenchCommand::Block { hidden, heads, batch, seq_len, seconds, beside_copies } => {
             (block::run(&block::Shape { hidden, heads, batch, seq_len }, seconds, beside_copies)?, true)
         }

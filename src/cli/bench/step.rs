@@ -19,7 +19,13 @@ use crate::train::{Batch, Engine, device};
 /// The quick start's model and budget.
 const QUICKSTART: &str = include_str!("../../../config/quickstart.toml");
 
-pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec<String>) -> Result<Value, Error> {
+pub fn run(
+    shape: Option<String>,
+    batch: Option<usize>,
+    steps: u64,
+    with_kernels: bool,
+    mut set: Vec<String>,
+) -> Result<Value, Error> {
     let started = Instant::now();
     let mut first = Vec::new();
     match &shape {
@@ -74,7 +80,7 @@ pub fn run(shape: Option<String>, batch: Option<usize>, steps: u64, mut set: Vec
     }
     engine.drain()?;
     let (stats, stashed) = (engine.runtime().stats().since(&before), engine.stash_moved());
-    let kernels = kernel_times(&mut engine, &batch)?;
+    let kernels = if with_kernels { kernel_times(&mut engine, &batch)? } else { Value::Null };
     let mut sorted = seconds.clone();
     sorted.sort_by(f64::total_cmp);
     let median = sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN);

@@ -22,13 +22,10 @@
 // Every address needs the alignment of its element only. Vector accesses are used where weight, low, momentum and
 // variance become aligned at the same element, as they do in chunks of one group, and where the gradient is aligned too.
 
-#include <cuda_fp16.h>
-#include <stdint.h>
+#include "stored.cuh"
 
 constexpr int BLOCK = 256;
 constexpr int LANES = 4; // consecutive elements of a thread: 16 bytes of fp32, 8 of 16 bits
-constexpr uint32_t QUIET_NAN_HIGH = 0x7fc0;
-constexpr uint16_t FP16_NAN = 0x7e00;
 
 struct Scalars {
     float gradient_scale, shrink, l2, lerp, beta2, one_minus_beta2, sqrt_correction2, eps, negative_step_size;
@@ -52,24 +49,6 @@ __device__ __forceinline__ void update(
 __device__ __forceinline__ float widen(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 __device__ __forceinline__ float widen(__half value) { return __half2float(value); }
 __device__ __forceinline__ float widen(float value) { return value; }
-
-// The nearest fp16, ties to even; all NaNs become one of either sign.
-__device__ __forceinline__ uint16_t narrow(float value) {
-    const uint16_t sign = uint16_t(__float_as_uint(value) >> 16) & 0x8000;
-    return value != value ? uint16_t(sign | FP16_NAN) : __half_as_ushort(__float2half_rn(value));
-}
-
-// An fp32 weight is its nearest bf16, ties away from zero, and 16 signed low bits; all NaNs become one.
-__device__ __forceinline__ float join(uint16_t weight, uint16_t low) {
-    return __uint_as_float((uint32_t(weight) << 16) + uint32_t(int32_t(int16_t(low))));
-}
-
-__device__ __forceinline__ void split(float value, uint16_t& weight, uint16_t& low) {
-    const uint32_t bits = __float_as_uint(value);
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    weight = uint16_t(nan ? QUIET_NAN_HIGH : (bits + 0x8000) >> 16);
-    low = uint16_t(nan ? 0 : bits);
-}
 
 // LANES elements, read and written by one access.
 template <typename T> struct alignas(LANES * sizeof(T)) Quad {

@@ -27,6 +27,19 @@ impl Runtime {
         }
     }
 
+    /// As [`Runtime::initialise`], for a group that is stepped on the device: `fill` gets the addresses of its chunks there,
+    /// zeroed, and returns when they are written.
+    pub fn initialise_on_device<E: From<RuntimeError>>(
+        &self,
+        chunks: &[ChunkId],
+        fill: impl FnOnce(&[*mut u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let lease = self.lease_all(chunks, Tier::Device, Access::Fresh)?;
+        let addresses: Vec<*mut u8> = (0..chunks.len()).map(|index| lease.address(index)).collect();
+        fill(&addresses)?;
+        Ok(lease.release(Pass::Other)?)
+    }
+
     /// Fills chunks of one group with zeros before training, where the group is stepped.
     pub fn clear(&self, chunks: &[ChunkId]) -> Result<(), RuntimeError> {
         self.lease_all(chunks, self.home(chunks), Access::Fresh)?.release(Pass::Other)
@@ -38,7 +51,7 @@ impl Runtime {
     }
 
     /// The tier in which the states of a group stay between steps, given by its first chunk.
-    fn home(&self, chunks: &[ChunkId]) -> Tier {
+    pub fn home(&self, chunks: &[ChunkId]) -> Tier {
         let group = chunks.first().map(|&chunk| self.shared.layout.chunk(chunk).group);
         match group.map(|group| self.shared.lock().group(group).side) {
             Some(Side::Resident) => Tier::Device,

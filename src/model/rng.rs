@@ -42,7 +42,7 @@ fn block(seed: u64, stream: u64, index: u64) -> [u32; 4] {
 }
 
 /// FNV-1a, so that every parameter has a stream of its own.
-fn stream_of(name: &str) -> u64 {
+pub(crate) fn stream_of(name: &str) -> u64 {
     name.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3))
 }
 

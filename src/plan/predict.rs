@@ -10,6 +10,7 @@ use patrickstar_actors::{Side, Split};
 use super::split::Spread;
 use super::{Plan, TierPlan, runtime_policy};
 use crate::config::Config;
+use crate::train::device::is_cuda;
 use crate::train::program::Program;
 
 impl Plan {
@@ -67,11 +68,13 @@ impl Plan {
         let persistent_kinds = layout.precision().persistent_kinds().iter();
         let kinds: Vec<(Kind, Bytes)> =
             persistent_kinds.clone().map(|&kind| per_kind(kind, away)).chain([gradients]).collect();
-        // Weights of a group that lives on the device are drawn in host memory, one group after the other, when the states of
-        // those before them lie there.
+        // A GPU draws what it keeps; other weights that stay on the device come by host memory, one group after the other, when
+        // the states of those before them lie there.
         let before = u64::from(self.looked_up_groups);
-        let drawn = persistent_kinds.map(|&kind| per_kind(kind, before + u64::from(kind.is_weight())).1.0).sum::<u64>();
-        let total = kinds.iter().map(|(_, bytes)| bytes.0).sum::<u64>().max(if resident > 0 { drawn } else { 0 });
+        let passing =
+            persistent_kinds.map(|&kind| per_kind(kind, before + u64::from(kind.is_weight())).1.0).sum::<u64>();
+        let come_by_host = resident > 0 && (!is_cuda(&config.compute) || config.model.path.is_some());
+        let total = kinds.iter().map(|(_, bytes)| bytes.0).sum::<u64>().max(if come_by_host { passing } else { 0 });
         let host_bytes = Bytes(u64::from(self.spread.slots.host) * self.chunk.0);
         self.tiers.push(TierPlan {
             tier: Tier::Host,

@@ -100,7 +100,7 @@ impl Engine {
     /// Plans, refuses what does not fit, sets up the tiers, starts the actors and initialises the parameters.
     pub fn new(config: Config, blocks: Vec<Box<dyn Block>>) -> Result<Self, Error> {
         let engine = Self::uninitialised(config, blocks)?;
-        states::initialise(&engine.runtime, &engine.program, engine.config.train.seed)?;
+        states::initialise(&engine.runtime, &engine.program, &engine.compute, engine.config.train.seed)?;
         engine.registered()
     }
 

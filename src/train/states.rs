@@ -1,23 +1,34 @@
 //! Filling and reading the chunks of a model: initial values, foreign weights, single parameters.
 
+#[cfg(feature = "cuda")]
+mod on_device;
+
 use patrickstar_actors::adam::{join, narrow_fp16, split_f32};
 use patrickstar_actors::chunk::Tile;
 use patrickstar_actors::runtime::Runtime;
-use patrickstar_actors::types::{GroupId, Kind, Precision};
+use patrickstar_actors::types::{ChunkId, GroupId, Kind, Precision};
 use rayon::prelude::*;
 
 use super::program::Program;
 use crate::error::Error;
+use crate::model::compute::Compute;
 use crate::model::rng;
 
 /// Elements that a core draws or encodes in one go: they stay in its cache.
 const DRAWN_AT_ONCE: usize = 1 << 16;
 
-/// Draws every parameter from its own counter-based stream: the bits depend on seed and name, not on chunks. All cores draw
-/// at once, straight into the chunks.
-pub(crate) fn initialise(runtime: &Runtime, program: &Program, seed: u64) -> Result<(), Error> {
+/// Draws every parameter from its own counter-based stream: the bits depend on seed and name, not on chunks. Each group is
+/// drawn where it stays, by the device or by all cores at once.
+pub(crate) fn initialise(runtime: &Runtime, program: &Program, _compute: &Compute, seed: u64) -> Result<(), Error> {
     let layout = runtime.layout();
     for group in (0..layout.group_count() as u32).map(GroupId) {
+        #[cfg(feature = "cuda")]
+        if let Compute::Cuda(ops) = _compute
+            && on_device::draw(runtime, program, ops, group, seed)?
+        {
+            clear_others(runtime, group)?;
+            continue;
+        }
         let draw = |first: usize, out: &mut [f32]| {
             for tile in layout.group_tiles(group) {
                 let spec = &program.parameters[tile.tensor.0 as usize];
@@ -59,12 +70,7 @@ pub(crate) fn initialise_from(
 fn fill_group(runtime: &Runtime, group: GroupId, draw: impl Fn(usize, &mut [f32]) + Sync) -> Result<(), Error> {
     let layout = runtime.layout();
     let precision = layout.precision();
-    let (mut weights, mut zeros) = (Vec::new(), Vec::new());
-    for &kind in precision.persistent_kinds() {
-        let chunks = layout.group_chunks(group, kind);
-        if kind.is_weight() { &mut weights } else { &mut zeros }.extend_from_slice(chunks);
-    }
-    runtime.initialise(&weights, |payloads| match (precision, payloads) {
+    runtime.initialise(&weight_chunks(runtime, group), |payloads| match (precision, payloads) {
         (Precision::Bf16, [weight, low]) => write(&draw, 0, (Kind::Weight, weight), Some((Kind::Low, low))),
         (Precision::Fp16, [weight, masters @ ..]) => {
             let part = layout.part_elements();
@@ -74,7 +80,24 @@ fn fill_group(runtime: &Runtime, group: GroupId, draw: impl Fn(usize, &mut [f32]
         }
         (_, payloads) => payloads.iter_mut().for_each(|weight| write(&draw, 0, (Kind::Master, weight), None)),
     })?;
-    zeros.into_iter().try_for_each(|chunk| Ok(runtime.clear(&[chunk])?))
+    clear_others(runtime, group)
+}
+
+/// The chunks of a group that hold its parameters or a part of them, by kind and in the order of elements.
+fn weight_chunks(runtime: &Runtime, group: GroupId) -> Vec<ChunkId> {
+    let layout = runtime.layout();
+    let kinds = layout.precision().persistent_kinds().iter().filter(|kind| kind.is_weight());
+    kinds.flat_map(|&kind| layout.group_chunks(group, kind).iter().copied()).collect()
+}
+
+/// What the optimizer keeps beside a group's weights begins at zero.
+fn clear_others(runtime: &Runtime, group: GroupId) -> Result<(), Error> {
+    let layout = runtime.layout();
+    let kinds = layout.precision().persistent_kinds().iter().filter(|kind| !kind.is_weight());
+    for &chunk in kinds.flat_map(|&kind| layout.group_chunks(group, kind)) {
+        runtime.clear(&[chunk])?;
+    }
+    Ok(())
 }
 
 /// Writes elements from `first` on to one or two kinds of them.

@@ -15,6 +15,7 @@ mod chunks;
 mod compare;
 mod definitions;
 mod derivatives;
+mod draws;
 mod kernels;
 mod llama;
 mod memory;

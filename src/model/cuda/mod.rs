@@ -9,6 +9,7 @@ mod attention;
 mod buffers;
 mod capture;
 mod cross_entropy;
+mod draw;
 mod embedding;
 mod linear;
 mod lookup;
@@ -21,5 +22,6 @@ mod staging;
 mod tensor_map;
 
 pub(crate) use cross_entropy::LogitRows;
+pub(crate) use draw::{Run, Target};
 pub(crate) use embedding::dtype_of;
 pub use ops::CudaOps;

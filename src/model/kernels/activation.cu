@@ -25,6 +25,7 @@
 // least `threshold`: piece element % 8 of the block with counter (element / 8, stream) and key seed, low halves first.
 
 #include "common.cuh"
+#include "philox.cuh"
 
 constexpr int ERF_FORM = 1;
 
@@ -114,32 +115,8 @@ struct Dropout {
     uint32_t threshold;
     float scale;
 
-    static constexpr uint32_t MULTIPLIER_A = 0xD2511F53, MULTIPLIER_B = 0xCD9E8D57;
-    static constexpr uint32_t WEYL_A = 0x9E3779B9, WEYL_B = 0xBB67AE85;
-    static constexpr int ROUNDS = 10;
-
-    // The low and the high half of a * b. From 64-bit numbers the compiler makes additions of zero.
-    static __device__ __forceinline__ uint2 product(uint32_t a, uint32_t b) {
-        uint2 halves;
-        asm("{ .reg .b64 p; mul.wide.u32 p, %2, %3; mov.b64 {%0, %1}, p; }"
-            : "=r"(halves.x), "=r"(halves.y)
-            : "r"(a), "r"(b));
-        return halves;
-    }
-
     // The numbers of elements 8 * index to 8 * index + 7, two in each.
-    __device__ __forceinline__ uint4 philox(uint64_t index) const {
-        uint4 counter = make_uint4(uint32_t(index), uint32_t(index >> 32), uint32_t(stream), uint32_t(stream >> 32));
-        uint32_t key_a = uint32_t(seed), key_b = uint32_t(seed >> 32);
-#pragma unroll
-        for (int round = 0; round < ROUNDS; round++) {
-            const uint2 a = product(MULTIPLIER_A, counter.x), b = product(MULTIPLIER_B, counter.z);
-            counter = make_uint4(b.y ^ counter.y ^ key_a, b.x, a.y ^ counter.w ^ key_b, a.x);
-            key_a += WEYL_A;
-            key_b += WEYL_B;
-        }
-        return counter;
-    }
+    __device__ __forceinline__ uint4 bits_of(uint64_t index) const { return philox(seed, stream, index); }
 
     __device__ __forceinline__ float factor(uint32_t bits) const { return bits >= threshold ? scale : 0.0f; }
 
@@ -149,7 +126,7 @@ struct Dropout {
     }
 
     __device__ __forceinline__ void mask(float (&x)[1], uint64_t element) const {
-        const uint4 bits = philox(element / 8);
+        const uint4 bits = bits_of(element / 8);
         const uint32_t pair = element % 8 / 2;
         const uint32_t both = pair < 2 ? (pair == 0 ? bits.x : bits.y) : (pair == 2 ? bits.z : bits.w);
         x[0] *= factor(element % 2 == 0 ? both & 0xFFFF : both >> 16);
@@ -157,7 +134,7 @@ struct Dropout {
 
     // Several elements begin at a multiple of their number.
     __device__ __forceinline__ void mask(float (&x)[4], uint64_t first) const {
-        const uint4 bits = philox(first / 8);
+        const uint4 bits = bits_of(first / 8);
         const bool is_second = first % 8 != 0;
         mask_pair(x[0], x[1], is_second ? bits.z : bits.x);
         mask_pair(x[2], x[3], is_second ? bits.w : bits.y);
@@ -166,7 +143,7 @@ struct Dropout {
     template <int N> __device__ __forceinline__ void mask(float (&x)[N], uint64_t first) const {
 #pragma unroll
         for (int k = 0; k < N; k += 8) {
-            const uint4 bits = philox((first + k) / 8);
+            const uint4 bits = bits_of((first + k) / 8);
             mask_pair(x[k], x[k + 1], bits.x);
             mask_pair(x[k + 2], x[k + 3], bits.y);
             mask_pair(x[k + 4], x[k + 5], bits.z);

@@ -4,6 +4,8 @@
 mod compile;
 
 fn main() {
+    // What is stored beside weights, which the chunks' kernels know.
+    println!("cargo::rerun-if-changed=actors/kernels/stored.cuh");
     compile::compile(
         "src/model/kernels",
         &[
@@ -12,6 +14,7 @@ fn main() {
             "embedding",
             "cross_entropy",
             "cast",
+            "draw",
             "rope",
             "attention_forward",
             "attention_backward_q",

@@ -97,7 +97,9 @@ impl CudaOps {
             // SAFETY: by this function's contract.
             unsafe { products.multiply(product) }.map_err(Queued::Product)
         });
-        queued.map_err(Queued::into_error)
+        drop(products);
+        queued.map_err(Queued::into_error)?;
+        self.queued()
     }
 
     /// `x Wᵀ + bias + residual`.

@@ -16,6 +16,7 @@ mod lookup;
 mod matmul;
 mod norm;
 mod ops;
+mod pace;
 mod replay;
 mod rope;
 mod staging;

@@ -20,6 +20,7 @@ use patrickstar_actors::types::Bytes;
 
 use super::buffers::Buffers;
 use super::matmul::Products;
+use super::pace::Pace;
 use super::rope::Tables;
 use super::staging::Staging;
 
@@ -52,6 +53,7 @@ pub struct CudaOps {
     pub(super) attention_backward_kv: Kernels,
     pub(super) attention_f32: Kernels,
     pub(super) products: Mutex<Products>,
+    pace: Pace,
     staging: Mutex<Staging>,
     pub(super) rope_tables: Tables,
     buffers: Mutex<Buffers>,
@@ -143,6 +145,7 @@ impl CudaOps {
             attention_backward_kv: cubin!(gpu, "attention_backward_kv"),
             attention_f32: cubin!(gpu, "attention_f32"),
             products,
+            pace: Pace::default(),
             staging,
             rope_tables: Tables::default(),
             buffers: Mutex::default(),
@@ -341,7 +344,13 @@ impl CudaOps {
     pub(super) fn launch(&self, kernels: &Kernels, name: &'static str, grid: Grid, args: &[Arg]) -> Result<()> {
         // SAFETY: callers pass the arguments that the kernel's source lists, from live tensors or leased chunks, and an
         // overlapping grid to kernels that wait; memory is freed in the order of this stream.
-        unsafe { kernels.launch(&self.stream, name, grid, args) }.map_err(message)
+        unsafe { kernels.launch(&self.stream, name, grid, args) }.map_err(message)?;
+        self.queued()
+    }
+
+    /// After each call on the stream: the host does not get too far ahead of the GPU.
+    pub(super) fn queued(&self) -> Result<()> {
+        self.pace.queued(&self.stream)
     }
 }
 

@@ -32,6 +32,7 @@ pub mod memory;
 pub mod monitor;
 mod moves;
 pub mod neighbours;
+mod non_model;
 mod optimizer;
 mod placement;
 mod planner;

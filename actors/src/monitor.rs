@@ -8,6 +8,7 @@ use crate::chunk::Layout;
 use crate::error::RuntimeError;
 use crate::health::ActorName;
 use crate::memory::limits::{Available, available_host_memory};
+use crate::non_model::NonModel;
 use crate::share::Share;
 use crate::shared::{Plan, Shared};
 use crate::stats::Pressure;
@@ -43,32 +44,6 @@ impl MemoryProbe for NoProbe {
 
     fn take_peak(&self) -> Bytes {
         Bytes(0)
-    }
-}
-
-/// Non-model memory per moment, highest over all steps seen.
-#[derive(Default)]
-pub(crate) struct NonModel {
-    peaks: Mutex<Vec<u64>>,
-}
-
-impl NonModel {
-    /// Notes a peak that belongs to the accesses before `moment`'s end.
-    pub fn note(&self, moment: Moment, peak: Bytes) {
-        let mut peaks = self.peaks.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = moment.0 as usize;
-        if peaks.len() <= index {
-            peaks.resize(index + 1, 0);
-        }
-        peaks[index] = peaks[index].max(peak.0);
-    }
-
-    pub fn snapshot(&self) -> Vec<u64> {
-        self.peaks.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub fn peak(&self) -> Bytes {
-        Bytes(self.snapshot().into_iter().max().unwrap_or(0))
     }
 }
 

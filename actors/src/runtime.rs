@@ -10,7 +10,8 @@ use crate::error::RuntimeError;
 use crate::health::{ActorName, Health};
 use crate::idle::IdleTime;
 use crate::memory::{Arena, Backend, DiskTier, SlotAllocator};
-use crate::monitor::{MemoryProbe, NonModel};
+use crate::monitor::MemoryProbe;
+use crate::non_model::NonModel;
 use crate::placement::{Side, SplitCosts, SplitRoom};
 use crate::reader::ChunkReader;
 use crate::reduction::GradientReady;
@@ -66,7 +67,7 @@ pub struct Runtime {
     system: ActorSystem,
     pub(crate) shared: Arc<Shared>,
     pub(crate) probe: Arc<dyn MemoryProbe>,
-    non_model: Arc<NonModel>,
+    pub(crate) non_model: Arc<NonModel>,
     /// Backward uses of each group in a step.
     gradient_uses: Vec<u32>,
     step: StepState,
@@ -447,11 +448,6 @@ impl Runtime {
     /// Chunk bytes per tier and kind.
     pub fn use_by_kind(&self) -> [[u64; 6]; 3] {
         self.shared.lock().use_by_kind(&self.shared.layout)
-    }
-
-    /// Non-model memory per moment, measured so far.
-    pub fn non_model_by_moment(&self) -> Vec<u64> {
-        self.non_model.snapshot()
     }
 
     /// The recorded step, once there is one.

@@ -160,6 +160,11 @@ pub fn pool_bytes(activations: u64) -> u64 {
     activations + activations / FRAGMENTS
 }
 
+/// The activations for which a pool of so many bytes is enough.
+pub fn unfragmented(pool: u64) -> u64 {
+    pool - pool / (FRAGMENTS + 1)
+}
+
 impl Gpt2Config {
     /// The model that a configuration names: a Hugging Face directory, a benchmark shape, or its own sizes.
     pub fn from_config(config: &Config) -> std::result::Result<Self, Error> {

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use patrickstar_actors::types::Bytes;
+
 use super::split::Beside;
 use super::{Keeping, Plan};
 use crate::config::{Boundaries, Config, Recompute};
+use crate::model::gpt2;
 use crate::train::device::is_cuda;
 
 /// Of settings predicted to be as fast within this part of a step, the one that keeps least: memory that is left is worth more
@@ -47,6 +50,25 @@ impl Plan {
         let fits =
             |keeping: Keeping| in_the_rest(keeping).unwrap_or_else(|| room(keeping).slots >= self.flowing(config));
         keeping((0..=most).find(|&away| fits(keeping(away))).unwrap_or(most))
+    }
+
+    /// Whether activations were known before any step: those of a model of the user's own are not.
+    pub(crate) fn knows_activations(&self) -> bool {
+        self.flops.is_some()
+    }
+
+    /// Lets as many layers of a model of the user's own keep their activations as find a place in what was set aside: `each`
+    /// of a layer, beside the `peak` of a step that kept none. Returns how many.
+    pub(crate) fn keep_measured(&mut self, config: &Config, each: Bytes, peak: Bytes) -> u32 {
+        let set_aside = self.reserved.0.saturating_sub(self.buffers.0);
+        let usable = if is_cuda(&config.compute) { gpt2::unfragmented(set_aside) } else { set_aside };
+        // Where nothing counts allocations nothing was measured.
+        let Some(blocks) = usable.saturating_sub(peak.0).checked_div(each.0) else { return 0 };
+        let blocks = blocks.min(u64::from(self.layers) + 1) as u32;
+        // All layers do with the first block or not at all.
+        self.kept_layers = if blocks > self.layers { self.layers } else { blocks.min(self.layers.saturating_sub(1)) };
+        self.measured = Bytes(peak.0 + each.0 * u64::from(blocks));
+        self.kept_layers
     }
 
     /// Slots with which the model goes on while chunks travel: on a GPU a block's come while another's are used.

@@ -108,6 +108,9 @@ pub struct Plan {
     /// Device memory set aside for what is not chunks.
     #[serde(skip)]
     reserved: Bytes,
+    /// What activations of a model of the user's own need, once a step has shown it.
+    #[serde(skip)]
+    measured: Bytes,
     /// Host memory for inputs of blocks, and for rows on their way.
     #[serde(skip)]
     activations_on_host: Bytes,
@@ -184,17 +187,21 @@ impl Plan {
 
     /// The plan of a job of this plan under another configuration: a job that runs keeps the activations that it keeps.
     pub fn again(&self, config: &Config, program: &Program) -> Result<Self, Error> {
-        let [layers, away] = [self.kept_layers, self.away_layers].map(|layers| layers as usize);
-        Self::with(config, program, Some(Keeping { layers, frugal: self.frugal, away }))
+        Self::with(config, program, Some(self))
     }
 
-    fn with(config: &Config, program: &Program, as_before: Option<Keeping>) -> Result<Self, Error> {
+    fn with(config: &Config, program: &Program, running: Option<&Plan>) -> Result<Self, Error> {
+        let as_before = running.map(|plan| {
+            let [layers, away] = [plan.kept_layers, plan.away_layers].map(|layers| layers as usize);
+            Keeping { layers, frugal: plan.frugal, away }
+        });
+        let measured = running.map_or(Bytes(0), |plan| plan.measured);
         let specs = program.tensor_specs();
         let model = configured_model(config, program);
-        // A quarter of the device for models of the user's own, until it has been measured in the warm-up step.
-        let non_model = |keeping: Keeping| {
-            model.as_ref().map_or(Bytes(config.memory.device.0 / 4), |model| gpt2_activations(config, model, keeping))
-        };
+        // A quarter of the device for models of the user's own, or what a step has shown that they need.
+        let unknown = Bytes(config.memory.device.0 / 4).max(measured);
+        let non_model =
+            |keeping: Keeping| model.as_ref().map_or(unknown, |model| gpt2_activations(config, model, keeping));
         let asked_for = config.memory.buffers.bytes().unwrap_or_default();
         let buffers = if is_cuda(&config.compute) { asked_for } else { Bytes(0) };
         let predicted = |keeping: Keeping| match &model {
@@ -259,6 +266,7 @@ impl Plan {
             recompute_share: UNKNOWN_RECOMPUTE,
             reserved: Bytes(0),
             buffers,
+            measured,
             activations_on_host: Bytes(0),
         };
         if let Some(model) = &model {

@@ -19,6 +19,7 @@ use super::phases::{Mark, Phases};
 use super::program::Program;
 use super::stash::{Moved, Stash};
 use super::states;
+use super::warmup::Warmup;
 use crate::checkpoint::Checkpoint;
 use crate::config::Config;
 use crate::error::Error;
@@ -89,8 +90,10 @@ pub struct Engine {
     _watch: Option<crate::telemetry::periodic::Periodic>,
     /// Inputs of blocks that wait in host memory.
     pub(super) stash: Stash,
-    config: Config,
+    pub(super) config: Config,
     pub(super) plan: Plan,
+    /// Until the first step is over, where it has something to show.
+    pub(super) warmup: Option<Warmup>,
     step: Step,
     pub(super) loss_scale: LossScale,
     hooks: Vec<Hook>,
@@ -166,6 +169,7 @@ impl Engine {
             #[cfg(feature = "cuda")]
             _watch: device.watch,
             stash,
+            warmup: Warmup::of(&config, &plan),
             config,
             plan,
             step: Step(0),
@@ -223,6 +227,7 @@ impl Engine {
         self.compute.sleep_until_done()?;
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
         let passes = [middle.since(&start)?, end.since(&middle)?];
+        self.keep_what_fits();
         Ok((loss, host, passes, self.runtime.end_step()?))
     }
 

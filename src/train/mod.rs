@@ -19,6 +19,7 @@ mod start;
 mod stash;
 mod states;
 pub mod validation;
+mod warmup;
 #[cfg(feature = "cuda")]
 mod watch;
 

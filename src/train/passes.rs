@@ -102,6 +102,7 @@ impl Engine {
                     let tape = Tape::scaled(&self.compute, self.loss_scale.scale);
                     self.pass(batch, step, (block, micro), input, tape)
                 };
+                let before = self.warmup.is_some().then(|| self.runtime.non_model_live());
                 let pass = match begun {
                     Start::Pass(pass) => pass,
                     Start::Input(input) => again(input)?,
@@ -110,8 +111,13 @@ impl Engine {
                 };
                 if block == last {
                     losses.push(pass.output.tensor()?);
+                } else if let (Some(warmup), Some(before)) = (&mut self.warmup, before) {
+                    warmup.pass(before, self.runtime.non_model_live());
                 }
                 upstream[micro] = pass.tape.backward(&pass.output, upstream[micro].take(), &pass.input)?;
+            }
+            if let Some(warmup) = &mut self.warmup {
+                warmup.end_block();
             }
             self.draw(&mut lease, start, "backward", block);
             self.runtime.release_backward(self.end(block, lease))?;

@@ -27,7 +27,7 @@ impl Runtime {
         }
     }
 
-    /// As [`Runtime::initialise`], for a group that is stepped on the device: `fill` gets the addresses of its chunks there,
+    /// As [`Runtime::initialise`], for a group that lives on the device: `fill` gets the addresses of its chunks there,
     /// zeroed, and returns when they are written.
     pub fn initialise_on_device<E: From<RuntimeError>>(
         &self,

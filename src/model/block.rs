@@ -18,7 +18,7 @@ pub enum Init {
         /// Standard deviation.
         std: f32,
     },
-    /// Uniform in `[-bound, bound)`.
+    /// Uniform from `-bound` to `bound`.
     Uniform {
         /// Half width.
         bound: f32,

@@ -63,10 +63,10 @@ fn the_loss_head_needs_no_more_memory_for_more_tokens_or_a_larger_vocabulary() {
 }
 
 /// A capped pool for as long as it lives, then one as large as the GPU.
-struct Capped;
+pub struct Capped;
 
 impl Capped {
-    fn at(limit: Bytes) -> Self {
+    pub fn at(limit: Bytes) -> Self {
         ops().gpu().cap_pool(limit).unwrap();
         Capped
     }

@@ -189,8 +189,12 @@ unsafe fn arguments(
             let (mut offset, mut bytes) = (0, 0);
             // SAFETY: both are places for one number; an index past the end is an error, which ends the list.
             let status = unsafe { sys::cuFuncGetParamInfo(function, starts.len(), &raw mut offset, &raw mut bytes) };
-            if status.result().is_err() {
-                return Some((Arguments::Each(starts), words));
+            match status {
+                sys::CUresult::CUDA_SUCCESS => {}
+                sys::CUresult::CUDA_ERROR_INVALID_VALUE if !starts.is_empty() => {
+                    return Some((Arguments::Each(starts), words));
+                }
+                _ => return None,
             }
             // SAFETY: the node has a pointer to each argument, whose size the function tells.
             let from = unsafe { parameters.kernelParams.add(starts.len()).read() };

@@ -348,7 +348,7 @@ impl CudaOps {
         self.queued()
     }
 
-    /// After each call on the stream: the host does not get too far ahead of the GPU.
+    /// After each kernel or product: the host does not get too far ahead of the GPU.
     pub(super) fn queued(&self) -> Result<()> {
         self.pace.queued(&self.stream)
     }

@@ -11,10 +11,11 @@ use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream};
 
 use super::ops::message;
 
-/// Calls from one mark to the next.
+/// Kernels and products from one mark to the next.
 const PER_MARK: u64 = 128;
-/// Marks that the GPU may not have reached yet: with what comes after the last, at most so many and one times `PER_MARK` calls
-/// are queued. They last the GPU a millisecond at least, and waking takes a tenth of that.
+/// Marks that the GPU may not have reached yet: with what comes after the last, at most so many and one times `PER_MARK` of them
+/// are queued, and what copies and allocations are between them. They last the GPU a millisecond at least, and waking takes a
+/// tenth of that.
 const AHEAD: usize = 2;
 
 /// Marks in a stream, which the GPU has not reached when they were last looked at.
@@ -25,7 +26,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// After each call that was queued: waits where the GPU is too far behind.
+    /// After each kernel or product that was queued: waits where the GPU is too far behind.
     pub fn queued(&self, stream: &CudaStream) -> Result<()> {
         let calls = self.calls.fetch_add(1, Ordering::Relaxed) + 1;
         if !calls.is_multiple_of(PER_MARK) {

@@ -18,9 +18,10 @@ use candle_core::cuda_backend::cudarc::driver::CudaStream;
 use super::capture::{Recorder, Work};
 use crate::model::rng::philox;
 
-/// A call is recorded when it has come this often: the products of a text that grows come once each.
-const SIGHTINGS: u32 = 2;
-/// More forms than any model has; beyond it all are forgotten. What is known of one takes a few KiB.
+/// A form is recorded when it comes after so many other calls since the first time: those of a training come again every step,
+/// those of a text that grows as often as the model has layers, and then never.
+const APART: u64 = 512;
+/// More forms than any model has. What is known of one takes a few KiB.
 const MOST_FORMS: usize = 4096;
 /// Captures at made-up addresses, beside the one at those of the call.
 const PROBES: u32 = 3;
@@ -122,7 +123,8 @@ impl Recording {
 
 /// What is known of the calls of one form.
 enum Known {
-    Seen(u32),
+    /// When it came first.
+    Since(u64),
     Recorded(Recording),
     /// It is more than is understood here.
     Unrecorded,
@@ -134,13 +136,14 @@ pub(super) struct Replays<F, const N: usize> {
     known: HashMap<(F, [Trait; N]), Known>,
     /// Gone where the library does not let itself be recorded.
     recorder: Option<Recorder>,
+    calls: u64,
     replayed: u64,
 }
 
 impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
     /// For `stream`.
     pub fn new(stream: &CudaStream) -> Result<Self> {
-        Ok(Replays { known: HashMap::new(), recorder: Some(Recorder::new(stream)?), replayed: 0 })
+        Ok(Replays { known: HashMap::new(), recorder: Some(Recorder::new(stream)?), calls: 0, replayed: 0 })
     }
 
     /// Queues a call at `addresses` on `stream`, by `anew` or as it was recorded.
@@ -157,10 +160,15 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
     ) -> Result<()> {
         let Some(recorder) = &self.recorder else { return anew(addresses, stream) };
         let traits = traits(&addresses);
+        self.calls += 1;
         if self.known.len() >= MOST_FORMS {
-            self.known.clear();
+            // What came for a while and is gone first.
+            self.known.retain(|_, known| matches!(known, Known::Recorded(_)));
+            if self.known.len() >= MOST_FORMS {
+                self.known.clear();
+            }
         }
-        let known = self.known.entry((form.clone(), traits)).or_insert(Known::Seen(0));
+        let known = self.known.entry((form.clone(), traits)).or_insert(Known::Since(self.calls));
         match known {
             Known::Recorded(recording) => {
                 self.replayed += 1;
@@ -168,25 +176,20 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
                 return unsafe { recording.queue(&addresses, stream) };
             }
             Known::Unrecorded => return anew(addresses, stream),
-            Known::Seen(count) => {
-                *count += 1;
-                if *count < SIGHTINGS {
-                    return anew(addresses, stream);
-                }
-            }
+            Known::Since(first) if self.calls - *first < APART => return anew(addresses, stream),
+            Known::Since(_) => {}
         }
-        let others = (0..PROBES).map(|probe| made_up(&traits, probe));
-        let captures: Result<Option<Vec<_>>> = [addresses]
-            .into_iter()
-            .chain(others)
-            .map(|at| Ok(recorder.record(|stream| anew(at, stream))?.map(|work| (at, work))))
-            .collect();
-        match captures {
-            Ok(captures) => {
-                let understood = captures.as_ref().map(Vec::len);
+        match recorder.record(|stream| anew(addresses, stream)) {
+            Ok(own) => {
+                let probes = (0..PROBES).map(|probe| made_up(&traits, probe)).map(|at| {
+                    // The library may refuse an address that is nobody's: then it keeps calls of this form.
+                    let work = recorder.record(|stream| anew(at, stream)).ok().flatten();
+                    work.map(|work| (at, work))
+                });
+                let captures: Option<Vec<_>> = [own.map(|work| (addresses, work))].into_iter().chain(probes).collect();
                 *known = captures.and_then(Recording::new).map_or(Known::Unrecorded, Known::Recorded);
                 if matches!(known, Known::Unrecorded) {
-                    tracing::debug!(?form, ?traits, captures = understood, "stays with the library");
+                    tracing::debug!(?form, ?traits, "stays with the library");
                 }
             }
             Err(error) => {

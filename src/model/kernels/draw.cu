@@ -8,7 +8,7 @@
 //
 // DRAW = uint64_t first, uint64_t n, uint64_t seed, uint64_t stream, int init, float scale
 // Elements `first` to `first + n - 1` of a parameter's stream go to the places 0 to n - 1 of what is stored. init is 0 for the
-// constant `scale`, 1 for normal numbers with that standard deviation, 2 for uniform ones in [-scale, scale).
+// constant `scale`, 1 for normal numbers with that standard deviation, 2 for uniform ones from -scale to scale.
 // [1] ceil(n / 4096) is good. Block: 256 threads. No dynamic shared memory, no scratch.
 
 #include "../../../actors/kernels/stored.cuh"
@@ -57,7 +57,7 @@ __device__ __forceinline__ float2 normal_pair(uint32_t radius_bits, uint32_t ang
     return make_float2(__fmul_rn(radius, direction.x), __fmul_rn(radius, direction.y));
 }
 
-// In [-1, 1), exact but for the last rounding.
+// From -1 to 1, exact but for the last rounding.
 __device__ __forceinline__ float symmetric(uint32_t bits) {
     return __double2float_rn(2.0 * ((double(bits) + 1.0) / 4294967296.0) - 1.0);
 }

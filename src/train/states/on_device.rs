@@ -1,6 +1,7 @@
 //! Drawing a group's parameters in the memory of a GPU: nothing crosses the link, and no copy lies anywhere else meanwhile.
 
 use patrickstar_actors::chunk::Tile;
+use patrickstar_actors::cuda::sleep_until_done;
 use patrickstar_actors::runtime::Runtime;
 use patrickstar_actors::types::{GroupId, Precision, Tier};
 
@@ -26,7 +27,7 @@ pub(super) fn draw(
         for tile in layout.group_tiles(group) {
             draw_tile(runtime, program, ops, tile, addresses, seed)?;
         }
-        Ok::<(), Error>(ops.stream().synchronize().map_err(candle_core::Error::wrap)?)
+        Ok::<(), Error>(sleep_until_done(ops.stream()).map_err(candle_core::Error::wrap)?)
     })?;
     Ok(true)
 }

@@ -117,7 +117,7 @@ impl Monitor {
         if self.shared.plan().is_none() {
             return if self.unsettled { self.settle(self.slots()).map(drop) } else { Ok(()) };
         }
-        if self.follow_neighbours()? || self.unsettled || self.published != self.non_model.snapshot() {
+        if self.follow_neighbours()? || self.unsettled || self.published != self.non_model.needed() {
             self.publish()?;
         }
         Ok(())
@@ -210,7 +210,7 @@ impl Monitor {
     pub fn publish(&mut self) -> Result<(), RuntimeError> {
         self.shared.health.fault_point(ActorName::Monitor);
         let Some(plan) = self.shared.plan() else { return Ok(()) };
-        let peaks = self.non_model.snapshot();
+        let peaks = self.non_model.needed();
         let (wanted, backed) = (self.slots(), self.shared.lock().backed);
         // Memory comes before budgets that use it, and goes after those that do not.
         let slots = if wanted > backed { wanted.min(self.settle(wanted)?) } else { wanted };

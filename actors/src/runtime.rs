@@ -350,6 +350,7 @@ impl Runtime {
     /// Ends the step: waits for the gradient norm, not for the optimizer, which goes on under the next forward.
     pub fn end_step(&mut self) -> Result<StepStats, RuntimeError> {
         self.close_moment();
+        self.non_model.step_over();
         self.drain_reduction()?;
         if let Some(recorder) = self.recorder.take() {
             self.adopt_trace(recorder.finish())?;

@@ -137,7 +137,7 @@ pub struct Train {
     pub micro_batches: usize,
     /// Tokens a sequence; at most `model.context`.
     pub seq_len: usize,
-    /// What the backward pass computes again: "full" all but the inputs of blocks, "selective" norms and activation functions, "none" nothing, "auto" as little as there is memory for; on a GPU chunks make room where a step is predicted to be shorter for it. Blocks of your own are measured in the first step, and keep what fits in a quarter of the device.
+    /// What the backward pass computes again: "full" all but the inputs of blocks, "selective" norms and activation functions, "none" nothing, "auto" as little as there is memory for; on a GPU chunks make room where a step is predicted to be shorter for it. Blocks of your own are measured in the first step, and keep what fits in what is set aside for activations, a quarter of the device or the rest beside a static share.
     pub recompute: Recompute,
     /// Where the inputs of blocks wait for the backward pass: "device", "host", or "auto" for host memory where the device has no room.
     pub boundaries: Boundaries,

@@ -58,17 +58,20 @@ impl Plan {
     }
 
     /// Lets as many layers of a model of the user's own keep their activations as find a place in what was set aside: `each`
-    /// of a layer, beside the `peak` of a step that kept none. Returns how many.
+    /// of a block, beside the `peak` of a step that kept none. Returns how many blocks do.
     pub(crate) fn keep_measured(&mut self, config: &Config, each: Bytes, peak: Bytes) -> u32 {
         let set_aside = self.reserved.0.saturating_sub(self.buffers.0);
         let usable = if is_cuda(&config.compute) { gpt2::unfragmented(set_aside) } else { set_aside };
         // Where nothing counts allocations nothing was measured.
-        let Some(blocks) = usable.saturating_sub(peak.0).checked_div(each.0) else { return 0 };
-        let blocks = blocks.min(u64::from(self.layers) + 1) as u32;
+        let Some(fitting) = usable.saturating_sub(peak.0).checked_div(each.0) else { return 0 };
         // All layers do with the first block or not at all.
-        self.kept_layers = if blocks > self.layers { self.layers } else { blocks.min(self.layers.saturating_sub(1)) };
+        let blocks = match fitting.min(u64::from(self.layers) + 1) as u32 {
+            blocks if blocks > self.layers => blocks,
+            blocks => blocks.min(self.layers.saturating_sub(1)),
+        };
+        self.kept_layers = blocks.min(self.layers);
         self.measured = Bytes(peak.0 + each.0 * u64::from(blocks));
-        self.kept_layers
+        blocks
     }
 
     /// Slots with which the model goes on while chunks travel: on a GPU a block's come while another's are used.

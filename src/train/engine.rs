@@ -92,8 +92,8 @@ pub struct Engine {
     pub(super) stash: Stash,
     pub(super) config: Config,
     pub(super) plan: Plan,
-    /// Until the first step is over, where it has something to show.
-    pub(super) warmup: Option<Warmup>,
+    /// What the first step shows of blocks of the user's own.
+    pub(super) warmup: Warmup,
     step: Step,
     pub(super) loss_scale: LossScale,
     hooks: Vec<Hook>,
@@ -227,7 +227,7 @@ impl Engine {
         self.compute.sleep_until_done()?;
         let loss = losses.iter().map(|loss| Ok(f64::from(loss.to_scalar::<f32>()?))).sum::<Result<f64, Error>>()?;
         let passes = [middle.since(&start)?, end.since(&middle)?];
-        self.keep_what_fits();
+        self.keep_what_fits(batch);
         Ok((loss, host, passes, self.runtime.end_step()?))
     }
 
@@ -362,7 +362,7 @@ impl Engine {
         self.stash.moved()
     }
 
-    /// What was predicted before anything was allocated.
+    /// What was predicted before anything was allocated; how many of a user's own layers keep activations the first step shows.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

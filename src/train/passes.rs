@@ -35,8 +35,10 @@ impl Engine {
     pub(super) fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Start>>, Error> {
         let mut starts = Vec::with_capacity(self.blocks.len());
         let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
+        let may_keep = self.warmup.may_keep(batch);
         for block in 0..self.blocks.len() - 1 {
-            let (keep, away) = (self.plan.keeps_activations(block), self.plan.keeps_input_away(block));
+            let keep = may_keep && self.plan.keeps_activations(block);
+            let away = self.plan.keeps_input_away(block);
             let mut lease = self.lease(block, false)?;
             let start = self.runtime.timeline().now();
             let mut outputs = Vec::with_capacity(inputs.len());
@@ -102,7 +104,7 @@ impl Engine {
                     let tape = Tape::scaled(&self.compute, self.loss_scale.scale);
                     self.pass(batch, step, (block, micro), input, tape)
                 };
-                let before = self.warmup.is_some().then(|| self.runtime.non_model_live());
+                let before = self.warmup.is_measuring().then(|| self.runtime.non_model_live());
                 let pass = match begun {
                     Start::Pass(pass) => pass,
                     Start::Input(input) => again(input)?,
@@ -111,14 +113,12 @@ impl Engine {
                 };
                 if block == last {
                     losses.push(pass.output.tensor()?);
-                } else if let (Some(warmup), Some(before)) = (&mut self.warmup, before) {
-                    warmup.pass(before, self.runtime.non_model_live());
+                } else if let Some(before) = before {
+                    self.warmup.pass(before, self.runtime.non_model_live());
                 }
                 upstream[micro] = pass.tape.backward(&pass.output, upstream[micro].take(), &pass.input)?;
             }
-            if let Some(warmup) = &mut self.warmup {
-                warmup.end_block();
-            }
+            self.warmup.end_block();
             self.draw(&mut lease, start, "backward", block);
             self.runtime.release_backward(self.end(block, lease))?;
         }

@@ -57,10 +57,15 @@ impl Plan {
         self.flops.is_some()
     }
 
+    /// Device memory set aside for activations: buffers that are kept beside them are not theirs.
+    pub(super) fn for_activations(&self) -> Bytes {
+        Bytes(self.reserved.0.saturating_sub(self.buffers.0))
+    }
+
     /// Lets as many layers of a model of the user's own keep their activations as find a place in what was set aside: `each`
     /// of a block, beside the `peak` of a step that kept none. Returns how many blocks do.
     pub(crate) fn keep_measured(&mut self, config: &Config, each: Bytes, peak: Bytes) -> u32 {
-        let set_aside = self.reserved.0.saturating_sub(self.buffers.0);
+        let set_aside = self.for_activations().0;
         let usable = if is_cuda(&config.compute) { gpt2::unfragmented(set_aside) } else { set_aside };
         // Where nothing counts allocations nothing was measured.
         let Some(fitting) = usable.saturating_sub(peak.0).checked_div(each.0) else { return 0 };

@@ -197,11 +197,11 @@ impl Plan {
         });
         let measured = running.map_or(Bytes(0), |plan| plan.measured);
         // What a GPU's pool may hold is decided when a job begins.
-        let set_aside = running.filter(|_| is_cuda(&config.compute)).map(|plan| plan.reserved.0 - plan.buffers.0);
+        let set_aside = running.filter(|_| is_cuda(&config.compute)).map(Plan::for_activations);
         let specs = program.tensor_specs();
         let model = configured_model(config, program);
         // A quarter of the device for models of the user's own, or what a step has shown that they need.
-        let unknown = set_aside.map_or(Bytes(config.memory.device.0 / 4).max(measured), Bytes);
+        let unknown = set_aside.unwrap_or(Bytes(config.memory.device.0 / 4).max(measured));
         let non_model =
             |keeping: Keeping| model.as_ref().map_or(unknown, |model| gpt2_activations(config, model, keeping));
         let asked_for = config.memory.buffers.bytes().unwrap_or_default();

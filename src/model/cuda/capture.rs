@@ -59,10 +59,15 @@ enum Arguments {
     Packed(usize),
 }
 
-#[derive(Clone, Copy, PartialEq)]
-struct Attribute {
-    id: Id,
-    value: [std::ffi::c_char; 64],
+/// As the driver wants it: what is queued often is not put together every time.
+#[repr(transparent)]
+struct Attribute(sys::CUlaunchAttribute);
+
+impl PartialEq for Attribute {
+    fn eq(&self, other: &Self) -> bool {
+        // SAFETY: every attribute is made from the padding, which is all of the value.
+        self.0.id == other.0.id && unsafe { self.0.value.pad == other.0.value.pad }
+    }
 }
 
 impl Work {
@@ -91,15 +96,6 @@ impl Launch {
     /// # Safety
     /// The words are arguments of the function, which may run now.
     unsafe fn queue(&self, words: &mut [u64], stream: sys::CUstream) -> std::result::Result<(), DriverError> {
-        let mut attributes: Vec<sys::CUlaunchAttribute> = self
-            .attributes
-            .iter()
-            .map(|&Attribute { id, value }| sys::CUlaunchAttribute {
-                id,
-                pad: [0; 4],
-                value: sys::CUlaunchAttributeValue { pad: value },
-            })
-            .collect();
         let [[grid_x, grid_y, grid_z], [block_x, block_y, block_z]] = [self.blocks, self.threads];
         let config = sys::CUlaunchConfig {
             gridDimX: grid_x,
@@ -110,8 +106,9 @@ impl Launch {
             blockDimZ: block_z,
             sharedMemBytes: self.shared,
             hStream: stream,
-            attrs: attributes.as_mut_ptr(),
-            numAttrs: attributes.len() as u32,
+            // The driver only reads them; an attribute is what it wraps.
+            attrs: self.attributes.as_ptr().cast_mut().cast(),
+            numAttrs: self.attributes.len() as u32,
         };
         let launch = |each: *mut *mut c_void, packed: *mut *mut c_void| {
             // SAFETY: by this function's contract; the driver copies the arguments before it returns.
@@ -333,11 +330,11 @@ fn work(node: sys::CUgraphNode) -> std::result::Result<Option<Work>, DriverError
 unsafe fn attribute(node: sys::CUgraphNode, id: Id) -> std::result::Result<Option<Attribute>, DriverError> {
     let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
     // SAFETY: by this function's contract; every bit pattern is a value of the padding.
-    let value = unsafe {
+    let is_set = unsafe {
         sys::cuGraphKernelNodeGetAttribute(node, id, &raw mut value).result()?;
-        value.pad
+        value.pad.iter().any(|&byte| byte != 0)
     };
-    Ok(value.iter().any(|&byte| byte != 0).then_some(Attribute { id, value }))
+    Ok(is_set.then_some(Attribute(sys::CUlaunchAttribute { id, pad: [0; 4], value })))
 }
 
 /// What `call` writes to the place that it gets.

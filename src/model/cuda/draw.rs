@@ -1,14 +1,11 @@
 //! First values of parameters, drawn where they stay: the bits of [`rng::fill`] in the memory of the GPU.
 
 use candle_core::Result;
-use patrickstar_actors::cuda::{Arg, Grid};
+use patrickstar_actors::cuda::Arg;
 
-use super::ops::CudaOps;
+use super::ops::{CudaOps, elementwise};
 use crate::model::block::Init;
 use crate::model::rng;
-
-/// Elements of a block of threads.
-const ELEMENTS_PER_BLOCK: u64 = 4096;
 
 /// A run of elements of one parameter.
 #[derive(Clone, Copy, Debug)]
@@ -53,7 +50,6 @@ impl CudaOps {
             Arg::I32(init),
             Arg::F32(scale),
         ]);
-        let blocks = (run.count as u64).div_ceil(ELEMENTS_PER_BLOCK).max(1);
-        self.launch(&self.draw, name, Grid::linear(blocks, 256), &args)
+        self.launch(&self.draw, name, elementwise(run.count), &args)
     }
 }

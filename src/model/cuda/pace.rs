@@ -1,5 +1,6 @@
 //! How far the host queues ahead of the GPU. A driver's queue has an end, and a call that finds no room there spins on a core
-//! until there is some: so the thread sleeps before that, while there is still enough in the queue.
+//! until there is some: so the thread sleeps before that, while there is still enough in the queue. The runtime's limit on
+//! blocks does not see how many kernels are in one, and this does not see what candle queues.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -33,23 +33,23 @@ const ADDRESS_BITS: u32 = 47;
 /// What an implementation may see in an address without reading the memory: that it is none, how it is aligned, and the first
 /// that is equal to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Trait {
+struct AddressClass {
     is_null: bool,
     alignment: u32,
     first_equal: usize,
 }
 
-fn traits<const N: usize>(addresses: &[u64; N]) -> [Trait; N] {
-    addresses.map(|address| Trait {
+fn classes<const N: usize>(addresses: &[u64; N]) -> [AddressClass; N] {
+    addresses.map(|address| AddressClass {
         is_null: address == 0,
         alignment: address.trailing_zeros().min(BEST_ALIGNMENT),
         first_equal: addresses.iter().position(|&other| other == address).unwrap_or_default(),
     })
 }
 
-/// Other addresses with the same traits, the same ones for the same probe.
-fn made_up<const N: usize>(traits: &[Trait; N], probe: u32) -> [u64; N] {
-    traits.map(|Trait { is_null, alignment, first_equal }| {
+/// Other addresses of the same classes, the same ones for the same probe.
+fn made_up<const N: usize>(classes: &[AddressClass; N], probe: u32) -> [u64; N] {
+    classes.map(|AddressClass { is_null, alignment, first_equal }| {
         let [low, high, ..] = philox([first_equal as u32, probe, 0, 0], [0, 0]);
         let number = (u64::from(high) << 32 | u64::from(low)) >> (u64::BITS - ADDRESS_BITS);
         let aligned = number >> alignment << alignment;
@@ -133,7 +133,7 @@ enum Known {
 /// Calls of the library with up to `N` addresses, and what is recorded of them by form: all that decides a call but its
 /// addresses.
 pub(super) struct Replays<F, const N: usize> {
-    known: HashMap<(F, [Trait; N]), Known>,
+    known: HashMap<(F, [AddressClass; N]), Known>,
     /// Gone where the library does not let itself be recorded.
     recorder: Option<Recorder>,
     calls: u64,
@@ -159,7 +159,7 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
         mut anew: impl FnMut([u64; N], &CudaStream) -> Result<()>,
     ) -> Result<()> {
         let Some(recorder) = &self.recorder else { return anew(addresses, stream) };
-        let traits = traits(&addresses);
+        let classes = classes(&addresses);
         self.calls += 1;
         if self.known.len() >= MOST_FORMS {
             // What came for a while and is gone first.
@@ -168,7 +168,7 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
                 self.known.clear();
             }
         }
-        let known = self.known.entry((form.clone(), traits)).or_insert(Known::Since(self.calls));
+        let known = self.known.entry((form.clone(), classes)).or_insert(Known::Since(self.calls));
         match known {
             Known::Recorded(recording) => {
                 self.replayed += 1;
@@ -181,7 +181,7 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
         }
         match recorder.record(|stream| anew(addresses, stream)) {
             Ok(own) => {
-                let probes = (0..PROBES).map(|probe| made_up(&traits, probe)).map(|at| {
+                let probes = (0..PROBES).map(|probe| made_up(&classes, probe)).map(|at| {
                     // The library may refuse an address that is nobody's: then it keeps calls of this form.
                     let work = recorder.record(|stream| anew(at, stream)).ok().flatten();
                     work.map(|work| (at, work))
@@ -189,7 +189,7 @@ impl<F: Eq + Hash + Clone + Debug, const N: usize> Replays<F, N> {
                 let captures: Option<Vec<_>> = [own.map(|work| (addresses, work))].into_iter().chain(probes).collect();
                 *known = captures.and_then(Recording::new).map_or(Known::Unrecorded, Known::Recorded);
                 if matches!(known, Known::Unrecorded) {
-                    tracing::debug!(?form, ?traits, "stays with the library");
+                    tracing::debug!(?form, ?classes, "stays with the library");
                 }
             }
             Err(error) => {
@@ -212,13 +212,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn made_up_addresses_have_the_traits_of_the_real_ones_and_nothing_else_of_them() {
+    fn made_up_addresses_are_of_the_classes_of_the_real_ones_and_nothing_else_of_them() {
         let real = [0x7f00_0000_1000, 0, 0x7f00_0000_0010, 0x7f00_0000_1000, 0x7f00_0000_0002, 0x7fff_0000_0100];
-        let real_traits = traits(&real);
+        let real_classes = classes(&real);
         let mut seen = Vec::from(real);
         for probe in 0..PROBES {
-            let others = made_up(&real_traits, probe);
-            assert_eq!(traits(&others), real_traits, "{others:x?}");
+            let others = made_up(&real_classes, probe);
+            assert_eq!(classes(&others), real_classes, "{others:x?}");
             assert!(others[0] == others[3] && others[1] == 0);
             for other in [others[0], others[2], others[4], others[5]] {
                 assert!(!seen.contains(&other) && other >> ADDRESS_BITS == 0, "{other:x}");
@@ -226,7 +226,7 @@ mod tests {
             }
         }
         // All of their bits are tried both ways, so that what follows from any of them shows.
-        let drawn = (0..PROBES).map(|probe| made_up(&real_traits, probe)[0]);
+        let drawn = (0..PROBES).map(|probe| made_up(&real_classes, probe)[0]);
         let (or, and) = drawn.fold((0, u64::MAX), |(or, and), x| (or | x, and & x));
         assert!((or & !and).count_ones() > 20, "{or:x} {and:x}");
     }

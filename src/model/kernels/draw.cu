@@ -9,7 +9,7 @@
 // DRAW = uint64_t first, uint64_t n, uint64_t seed, uint64_t stream, int init, float scale
 // Elements `first` to `first + n - 1` of a parameter's stream go to the places 0 to n - 1 of what is stored. init is 0 for the
 // constant `scale`, 1 for normal numbers with that standard deviation, 2 for uniform ones from -scale to scale.
-// [1] ceil(n / 4096) is good. Block: 256 threads. No dynamic shared memory, no scratch.
+// [1] ceil(n / 8192) is good. Block: 256 threads. No dynamic shared memory, no scratch.
 
 #include "../../../actors/kernels/stored.cuh"
 #include "common.cuh"

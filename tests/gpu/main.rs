@@ -7,6 +7,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)] // a failed assumption should stop a test
 
+#[path = "../harness/branch.rs"]
+mod branch;
 #[path = "../harness/mod.rs"]
 mod harness;
 
@@ -16,6 +18,7 @@ mod compare;
 mod definitions;
 mod derivatives;
 mod draws;
+mod engines;
 mod kernels;
 mod llama;
 mod memory;

@@ -2,7 +2,7 @@
 
 #![expect(unsafe_code, reason = "calls the driver")]
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::CUmemPool_attribute::{
     CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT,
@@ -31,9 +31,12 @@ struct Pool {
     handle: sys::CUmemoryPool,
     /// What it may hold, where it was made by `cap_pool`; the driver's own has no limit.
     limit: Option<Bytes>,
+    /// Those of before, from which something is still allocated. They give back what becomes free.
+    retired: Vec<sys::CUmemoryPool>,
 }
 
-// SAFETY: a handle of the driver, which locks it itself.
+// SAFETY: handles of the driver, which any thread may use; `Gpu` keeps them under a lock, so that none is used once it was
+// destroyed.
 unsafe impl Send for Pool {}
 
 /// Pools grow in steps of this size.
@@ -66,7 +69,13 @@ impl Gpu {
             .map_err(|error| device_error("find its memory pool", error))?;
         keep_memory(pool)?;
         let inspector = Inspector::new(Arc::clone(&context));
-        Ok(Gpu { context, pool: Mutex::new(Pool { handle: pool, limit: None }), inspector, profile, kernels })
+        Ok(Gpu {
+            context,
+            pool: Mutex::new(Pool { handle: pool, limit: None, retired: Vec::new() }),
+            inspector,
+            profile,
+            kernels,
+        })
     }
 
     /// From now on candle's memory comes from a pool of at most `limit` bytes: what does not fit is an error of the
@@ -80,6 +89,9 @@ impl Gpu {
         properties.location.type_ = sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_DEVICE;
         properties.location.id = self.context.ordinal() as i32;
         properties.maxSize = usize::try_from(limit.0).unwrap_or(usize::MAX).next_multiple_of(POOL_MULTIPLE);
+        let mut pool = self.pool();
+        // Not that of now: another thread may be at an allocation from it.
+        pool.destroy_unused()?;
         // SAFETY: a description as the driver wants it, and a pool that was just made.
         let handle = unsafe {
             let handle = result::mem_pool::create(&properties).map_err(failed)?;
@@ -87,14 +99,19 @@ impl Gpu {
             handle
         };
         keep_memory(handle)?;
-        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        let limit = Some(Bytes(properties.maxSize as u64));
-        let before = std::mem::replace(&mut *pool, Pool { handle, limit });
-        if before.limit.is_some() {
-            // SAFETY: made here; what is still allocated from it stays valid until it is freed.
-            unsafe { result::mem_pool::destroy(before.handle) }.map_err(failed)?;
+        let before = std::mem::replace(&mut pool.handle, handle);
+        if pool.limit.replace(Bytes(properties.maxSize as u64)).is_some() {
+            pool.retired.push(before);
+            set(before, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, 0)?;
+            // SAFETY: a live pool.
+            unsafe { result::mem_pool::trim_to(before, 0) }.map_err(failed)?;
         }
         Ok(())
+    }
+
+    /// Held while a handle is used: another engine of this process may cap the pool at any time.
+    fn pool(&self) -> MutexGuard<'_, Pool> {
+        self.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The context.
@@ -130,35 +147,56 @@ impl Gpu {
 
     /// Use of the pool.
     pub fn pool_use(&self) -> Result<PoolUse, MemoryError> {
-        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
-        Ok(PoolUse {
-            live: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?),
-            peak: Bytes(get(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH)?),
-            reserved: Bytes(get(pool, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?),
-        })
+        self.pool().usage()
     }
 
     /// Whether the pool may take so many bytes more from the device, should the device have them.
     pub fn pool_may_take(&self, bytes: Bytes) -> Result<bool, MemoryError> {
-        let limit = self.pool.lock().unwrap_or_else(PoisonError::into_inner).limit;
-        let reserved = self.pool_use()?.reserved;
-        Ok(limit.is_none_or(|limit| reserved.0 + bytes.0 <= limit.0))
+        let pool = self.pool();
+        let reserved = pool.usage()?.reserved;
+        Ok(pool.limit.is_none_or(|limit| reserved.0 + bytes.0 <= limit.0))
     }
 
     /// Gives memory that is not allocated back to the system, so that it can be taken in other pieces, or by others; the
     /// pool keeps `keep` bytes.
     pub fn trim_pool(&self, keep: Bytes) -> Result<(), MemoryError> {
         self.context.bind_to_thread().map_err(|error| device_error("use the GPU from this thread", error))?;
-        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
+        let mut pool = self.pool();
+        pool.destroy_unused()?;
         let keep = usize::try_from(keep.0).unwrap_or(usize::MAX);
         // SAFETY: a live pool.
-        unsafe { result::mem_pool::trim_to(pool, keep) }.map_err(|error| device_error("trim its memory pool", error))
+        unsafe { result::mem_pool::trim_to(pool.handle, keep) }
+            .map_err(|error| device_error("trim its memory pool", error))
     }
 
     /// Starts the peak over.
     pub fn reset_pool_peak(&self) -> Result<(), MemoryError> {
-        let pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner).handle;
-        set(pool, CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
+        set(self.pool().handle, CU_MEMPOOL_ATTR_USED_MEM_HIGH, 0)
+    }
+}
+
+impl Pool {
+    fn usage(&self) -> Result<PoolUse, MemoryError> {
+        Ok(PoolUse {
+            live: Bytes(get(self.handle, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)?),
+            peak: Bytes(get(self.handle, CU_MEMPOOL_ATTR_USED_MEM_HIGH)?),
+            reserved: Bytes(get(self.handle, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT)?),
+        })
+    }
+
+    /// A pool under allocations stays: one that was destroyed there has been seen to break the driver's heap.
+    fn destroy_unused(&mut self) -> Result<(), MemoryError> {
+        let mut kept = Vec::new();
+        for pool in std::mem::take(&mut self.retired) {
+            if get(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)? > 0 {
+                kept.push(pool);
+                continue;
+            }
+            // SAFETY: made by `cap_pool`, not the device's any more, and taken out of the only list that has it.
+            unsafe { result::mem_pool::destroy(pool) }.map_err(|error| device_error("end a memory pool", error))?;
+        }
+        self.retired = kept;
+        Ok(())
     }
 }
 

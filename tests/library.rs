@@ -4,7 +4,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use patrickstar::checkpoint;
 use patrickstar::config::Size;
 use patrickstar::model::{ops, rng};
@@ -107,6 +107,27 @@ fn peaks_of_a_model_that_lives_on_the_device_are_those_of_its_plan() {
         for tier in &engine.plan().tiers {
             assert_eq!(engine.runtime().tier_use(tier.tier).peak, tier.chunk_peak, "{precision:?} {:?}", tier.tier);
         }
+    }
+}
+
+#[test]
+fn numbers_of_any_type_become_activations() {
+    let in_type = |dtype: DType| {
+        let mut engine = Engine::new(config("64KiB"), blocks(96)).unwrap();
+        let of = |step| {
+            let mut batch = batch(step);
+            let input = &mut batch.micro[0].input;
+            // What bf16 holds, every type does.
+            *input = input.to_dtype(DType::BF16).unwrap().to_dtype(dtype).unwrap();
+            batch
+        };
+        let losses: Vec<u64> = (0..2).map(|step| engine.step(&of(step)).unwrap().loss.to_bits()).collect();
+        let prediction = engine.predict(&of(2).micro[0].input).unwrap().to_vec2::<f32>().unwrap();
+        (losses, engine.evaluate(&of(2)).unwrap().to_bits(), prediction)
+    };
+    let expected = in_type(DType::F32);
+    for dtype in [DType::F64, DType::BF16] {
+        assert!(in_type(dtype) == expected, "{dtype:?}");
     }
 }
 

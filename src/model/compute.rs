@@ -75,6 +75,16 @@ impl Compute {
         }
     }
 
+    /// What the first block reads: numbers as activations beside weights in `precision`, token ids where they are, for lookups
+    /// in host memory.
+    pub fn input(&self, of_user: &Tensor, precision: Precision) -> Result<Tensor> {
+        if !of_user.dtype().is_float() {
+            return Ok(of_user.clone());
+        }
+        // Narrow before it crosses the link.
+        of_user.to_dtype(self.activation_dtype(precision))?.to_device(&self.device())
+    }
+
     /// Address of a contiguous tensor's elements, good while the tensor lives.
     pub fn address(&self, tensor: &Tensor) -> Result<*const u8> {
         match self {

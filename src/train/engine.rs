@@ -32,7 +32,8 @@ use crate::telemetry::alloc;
 /// One micro-batch: what the first block reads and what the last compares with.
 #[derive(Clone, Debug)]
 pub struct MicroBatch {
-    /// Input of the first block; the first dimension counts sequences.
+    /// Input of the first block, in host memory; the first dimension counts sequences. Numbers become activations where the
+    /// blocks compute; token ids stay in host memory, where `ops::embedding` reads them.
     pub input: Tensor,
     /// Targets of the last block.
     pub targets: Tensor,

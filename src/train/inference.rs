@@ -15,7 +15,8 @@ use crate::telemetry::alloc;
 impl Engine {
     /// Runs the blocks on `input` without training; the last block gives its prediction, in fp32 in host memory.
     pub fn predict(&mut self, input: &Tensor) -> Result<Tensor, Error> {
-        let outputs = self.infer(vec![input.clone()], None)?;
+        let input = self.compute.input(input, self.precision())?;
+        let outputs = self.infer(vec![input], None)?;
         let output = outputs.into_iter().next().ok_or_else(|| Error::Model("a model without an output".into()))?;
         Ok(output.to_device(&Device::Cpu)?.to_dtype(DType::F32)?)
     }
@@ -24,7 +25,7 @@ impl Engine {
     /// once, however many micro-batches there are; activations take less than those of a step of that size. On the host
     /// these are the bits with which a step on `batch` begins; a GPU's kernel that makes no gradients sums in another order.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Error> {
-        let inputs = batch.micro.iter().map(|micro| micro.input.clone()).collect();
+        let inputs = self.inputs(batch)?;
         alloc::track_this_thread(true);
         let losses = self.infer(inputs, Some(batch));
         alloc::track_this_thread(false);

@@ -34,7 +34,7 @@ impl Engine {
     /// All blocks but the last, layer-major; returns what the backward of each block begins with.
     pub(super) fn forward(&mut self, batch: &Batch, step: Step) -> Result<Vec<Vec<Start>>, Error> {
         let mut starts = Vec::with_capacity(self.blocks.len());
-        let mut inputs: Vec<Tensor> = batch.micro.iter().map(|micro| micro.input.clone()).collect();
+        let mut inputs = self.inputs(batch)?;
         let may_keep = self.warmup.may_keep(batch);
         for block in 0..self.blocks.len() - 1 {
             let keep = may_keep && self.plan.keeps_activations(block);
@@ -64,6 +64,11 @@ impl Engine {
         }
         starts.push(inputs.into_iter().map(Start::Input).collect());
         Ok(starts)
+    }
+
+    /// What the first block reads of each micro-batch.
+    pub(super) fn inputs(&self, batch: &Batch) -> Result<Vec<Tensor>, Error> {
+        batch.micro.iter().map(|micro| Ok(self.compute.input(&micro.input, self.precision())?)).collect()
     }
 
     /// Applies `block` to `input` on `tape`, which records if a backward follows.

@@ -77,12 +77,12 @@ impl Compute {
 
     /// What the first block reads: numbers as activations beside weights in `precision`, token ids where they are, for lookups
     /// in host memory.
-    pub fn input(&self, of_user: &Tensor, precision: Precision) -> Result<Tensor> {
-        if !of_user.dtype().is_float() {
-            return Ok(of_user.clone());
+    pub fn input(&self, given: &Tensor, precision: Precision) -> Result<Tensor> {
+        if !given.dtype().is_float() {
+            return Ok(given.clone());
         }
-        // Narrow before it crosses the link.
-        of_user.to_dtype(self.activation_dtype(precision))?.to_device(&self.device())
+        // Narrowed before it crosses the link.
+        given.to_dtype(self.activation_dtype(precision))?.to_device(&self.device())
     }
 
     /// Address of a contiguous tensor's elements, good while the tensor lives.

@@ -10,8 +10,8 @@ use patrickstar::{Config, Engine};
 use patrickstar_actors::stats::Direction;
 use patrickstar_actors::types::{Bytes, Kind, Precision};
 
+use crate::PRECISIONS;
 use crate::memory::Capped;
-use crate::{PRECISIONS, ops};
 
 const CHUNK: Bytes = Bytes(1 << 20);
 
@@ -59,9 +59,7 @@ fn engine(precision: Precision, device: DeviceKind) -> Engine {
 #[test]
 #[ignore = "takes the pool of the process; run alone"]
 fn a_model_that_stays_on_the_gpu_is_drawn_there_with_the_bits_of_the_host() {
-    // Engines cap it further; other tests find it as they do without this one.
-    let (_, total) = ops().gpu().context().mem_get_info().unwrap();
-    let _capped = Capped::at(Bytes(total as u64));
+    let _capped = Capped::by_the_gpu();
     for precision in PRECISIONS {
         let [host, gpu] = [DeviceKind::Cpu, DeviceKind::Cuda].map(|device| engine(precision, device));
         let brought = gpu.runtime().stats().bytes[Direction::HostToDevice as usize];

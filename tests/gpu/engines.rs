@@ -8,7 +8,7 @@ use std::thread;
 use patrickstar::config::{DeviceKind, Recompute};
 use patrickstar::model::ops;
 use patrickstar::model::tape::Tape;
-use patrickstar_actors::types::{Bytes, Precision};
+use patrickstar_actors::types::Precision;
 
 use crate::branch::{AGAIN, BLOCKS, batches, engine, train};
 use crate::memory::Capped;
@@ -27,16 +27,10 @@ impl Drop for Over<'_> {
     }
 }
 
-/// The pool of before for tests that follow.
-fn capped() -> Capped {
-    let (_, total) = ops().gpu().context().mem_get_info().unwrap();
-    Capped::at(Bytes(total as u64))
-}
-
 #[test]
 #[ignore = "takes the pool of the process; run alone"]
 fn blocks_of_a_users_own_keep_what_fits_with_the_same_bits() {
-    let _capped = capped();
+    let _capped = Capped::by_the_gpu();
     let passes = Arc::<AtomicUsize>::default();
     let (expected, counts) = train(&mut engine(DeviceKind::Cuda, Recompute::Full, ROOMY, &passes), &passes);
     assert_eq!(counts, [AGAIN; 6]);
@@ -50,7 +44,7 @@ fn blocks_of_a_users_own_keep_what_fits_with_the_same_bits() {
 #[test]
 #[ignore = "takes the pool of the process; run alone"]
 fn engines_begin_and_end_beside_each_other_and_beside_other_work() {
-    let _capped = capped();
+    let _capped = Capped::by_the_gpu();
     let passes = Arc::<AtomicUsize>::default();
     let fresh = || engine(DeviceKind::Cuda, Recompute::Auto, ROOMY, &passes);
     let (expected, _) = train(&mut fresh(), &passes);

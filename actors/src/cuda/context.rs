@@ -31,7 +31,7 @@ struct Pool {
     handle: sys::CUmemoryPool,
     /// What it may hold, where it was made by `cap_pool`; the driver's own has no limit.
     limit: Option<Bytes>,
-    /// Those of before, from which something is still allocated. They give back what becomes free.
+    /// Those of before, until nothing is allocated from them. They give back what becomes free.
     retired: Vec<sys::CUmemoryPool>,
 }
 
@@ -186,16 +186,16 @@ impl Pool {
 
     /// A pool under allocations stays: one that was destroyed there has been seen to break the driver's heap.
     fn destroy_unused(&mut self) -> Result<(), MemoryError> {
-        let mut kept = Vec::new();
-        for pool in std::mem::take(&mut self.retired) {
+        let mut index = 0;
+        while let Some(&pool) = self.retired.get(index) {
             if get(pool, CU_MEMPOOL_ATTR_USED_MEM_CURRENT)? > 0 {
-                kept.push(pool);
+                index += 1;
                 continue;
             }
-            // SAFETY: made by `cap_pool`, not the device's any more, and taken out of the only list that has it.
+            self.retired.swap_remove(index);
+            // SAFETY: made by `cap_pool`, not the device's any more, and taken out of the only list that had it.
             unsafe { result::mem_pool::destroy(pool) }.map_err(|error| device_error("end a memory pool", error))?;
         }
-        self.retired = kept;
         Ok(())
     }
 }

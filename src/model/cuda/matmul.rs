@@ -14,12 +14,10 @@ use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaStream, DevicePtr
 use candle_core::{DType, Result, bail};
 
 use super::ops::message;
-use super::replay::Replays;
+use super::replay::{BEST_ALIGNMENT, Replays};
 
 /// Scratch of the library; what its documentation advises for this architecture.
 const WORKSPACE: usize = 32 << 20;
-/// More alignment than this changes no plan.
-const BEST_ALIGNMENT: u64 = 256;
 
 /// A row-major matrix in device memory, or the transpose of one.
 #[derive(Clone, Copy, Debug)]

@@ -25,8 +25,9 @@ const APART: u64 = 512;
 const MOST_FORMS: usize = 4096;
 /// Captures at made-up addresses, beside the one at those of the call.
 const PROBES: u32 = 3;
-/// No kernel depends on more alignment than this.
-const BEST_ALIGNMENT: u32 = u64::trailing_zeros(256);
+/// In bytes: more alignment changes neither a plan nor a kernel.
+pub(super) const BEST_ALIGNMENT: u64 = 256;
+const BEST_ALIGNED_BITS: u32 = BEST_ALIGNMENT.trailing_zeros();
 /// Bits of an address.
 const ADDRESS_BITS: u32 = 47;
 
@@ -42,7 +43,7 @@ struct AddressClass {
 fn classes<const N: usize>(addresses: &[u64; N]) -> [AddressClass; N] {
     addresses.map(|address| AddressClass {
         is_null: address == 0,
-        alignment: address.trailing_zeros().min(BEST_ALIGNMENT),
+        alignment: address.trailing_zeros().min(BEST_ALIGNED_BITS),
         first_equal: addresses.iter().position(|&other| other == address).unwrap_or_default(),
     })
 }
@@ -54,7 +55,7 @@ fn made_up<const N: usize>(classes: &[AddressClass; N], probe: u32) -> [u64; N] 
         let number = (u64::from(high) << 32 | u64::from(low)) >> (u64::BITS - ADDRESS_BITS);
         let aligned = number >> alignment << alignment;
         // Of less than the best alignment no more than that.
-        let address = if alignment < BEST_ALIGNMENT { aligned | 1 << alignment } else { aligned };
+        let address = if alignment < BEST_ALIGNED_BITS { aligned | 1 << alignment } else { aligned };
         if is_null { 0 } else { address }
     })
 }
